@@ -1,0 +1,171 @@
+"""Which model is meant: a name, a folder, `timm:<name>`, a released file, or nothing at all."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dinosearch.errors import DinosearchError, ModelNotFound
+from dinosearch.vit.folder import (
+    ModelFacts,
+    ModelFolder,
+    Note,
+    first_line,
+    free_name,
+    list_models,
+    open_model,
+    quiet,
+    save_model,
+)
+
+DEFAULT_MODEL = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
+LARGEST_DEFAULT_SIZE = 256
+"""Released weights made for larger squares (518 for DINOv2) are used at 224 px unless --image-size says otherwise."""
+
+
+def resolve_model(spec: str | None, *, models: Path, note: Note = quiet, image_size: int | None = None) -> ModelFolder:
+    """The model that `spec` names; what comes from elsewhere is converted once into a folder of `models`.
+
+    spec: None (the newest in `models`, else `DEFAULT_MODEL`), a name in `models`, a folder, `timm:<name>`, or a
+        released `.pth`/`.safetensors` file of DINO, DINOv2 or DINOv3.
+    image_size: side of the square for timm's and released weights; own models keep theirs.
+    Raises ModelNotFound, or DinosearchError with what to do.
+    """
+    if spec is None:
+        found = list_models(models)
+        if found and image_size in (None, found[0].image_size):
+            note(f"model: {found[0].path} (the newest in {models}/; --model chooses another)")
+            return found[0]
+        note(f"model: {DEFAULT_MODEL} (none of your own in {models}/; dinosearch train IMAGES makes one)")
+        return _timm_model(DEFAULT_MODEL, models=models, image_size=image_size, note=note)
+    if spec.startswith("timm:"):
+        return _timm_model(spec, models=models, image_size=image_size, note=note)
+    path = Path(spec)
+    if path.is_file():
+        return _released_model(path, models=models, image_size=image_size, note=note)
+    for folder in (models / spec, path):
+        if (folder / "model.json").is_file():
+            return _with_size(open_model(folder), image_size)
+    names = ", ".join(model.name for model in list_models(models)[:5])
+    raise ModelNotFound(
+        f"no model {spec!r} in {models}/, and no such folder or file. "
+        + (f"There are: {names}" if names else "Train one: dinosearch train IMAGES")
+    )
+
+
+def _with_size(model: ModelFolder, image_size: int | None) -> ModelFolder:
+    if image_size not in (None, model.image_size):
+        raise DinosearchError(
+            f"{model.name} works at {model.image_size} px. Leave --image-size out, or train a model at {image_size} px"
+        )
+    return model
+
+
+def _known_import(source: str, *, models: Path, image_size: int | None) -> ModelFolder | None:
+    """An earlier import of the same source at the wanted size (or at the size chosen by default then)."""
+    for model in list_models(models):
+        origin = model.trained
+        if origin.get("source") == source and (
+            model.image_size == image_size or (image_size is None and origin.get("default_size"))
+        ):
+            return model
+    return None
+
+
+def _timm_model(spec: str, *, models: Path, image_size: int | None, note: Note) -> ModelFolder:
+    known = _known_import(spec, models=models, image_size=image_size)
+    if known:
+        return known
+    _prepare_hub()
+    import timm
+
+    arch = spec.removeprefix("timm:")
+    if not timm.is_model(arch):
+        close = timm.list_models(f"*{arch.split('.')[0]}*", pretrained=True)[:3]
+        hint = f"Did you mean timm:{' or timm:'.join(close)}?" if close else "timm.list_models('vit_*') lists them"
+        raise ModelNotFound(f"timm has no model {arch!r}. {hint}")
+    config = timm.get_pretrained_cfg(arch)
+    if config is None or not config.has_weights:
+        raise ModelNotFound(
+            f"timm has no pretrained weights for {arch!r}. Choose one with a tag, such as {DEFAULT_MODEL}"
+        )
+    size = image_size or _default_size(config.input_size[-1])
+    arch_kwargs: dict[str, Any] = {"img_size": size}
+    facts = ModelFacts(
+        arch=arch,
+        arch_kwargs=arch_kwargs,
+        image_size=size,
+        crop_pct=float(config.crop_pct or 1.0),
+        interpolation=config.interpolation or "bicubic",
+        mean=_rgb(config.mean),
+        std=_rgb(config.std),
+        pooling="token",
+    )
+    note(f"fetching {arch} once from the Hugging Face hub, through timm")
+    try:
+        vit = timm.create_model(arch, pretrained=True, num_classes=0, global_pool=facts.pooling, **arch_kwargs)
+    except _network_errors() as error:
+        raise ModelNotFound(
+            f"{arch} could not be fetched ({first_line(error)}). Train a model of your own (dinosearch train IMAGES), "
+            "or put weights in place: --model FILE.pth or FILE.safetensors takes released DINO, DINOv2, DINOv3 files"
+        ) from error
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise DinosearchError(
+            f"{arch} cannot be used ({first_line(error)}). Choose a vision transformer, vit_*"
+        ) from error
+    return _import(vit, facts, name=arch, source=spec, models=models, by_default=image_size is None, note=note)
+
+
+def _prepare_hub() -> None:
+    """No telemetry (DESIGN section 6), and no minute of retries when the hub is plainly out of reach."""
+    for variable in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(variable, "1")
+    from huggingface_hub import constants
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return  # a name that only the proxy can resolve says nothing
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True  # what was fetched before is still found in the hub's own cache
+
+
+def _network_errors() -> tuple[type[BaseException], ...]:
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    return (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+def _released_model(path: Path, *, models: Path, image_size: int | None, note: Note) -> ModelFolder:
+    from dinosearch.vit.released import read_released
+
+    source = f"file:{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    known = _known_import(source, models=models, image_size=image_size)
+    if known:
+        return known
+    vit, facts = read_released(path, image_size=image_size)
+    return _import(vit, facts, name=path.stem, source=source, models=models, by_default=image_size is None, note=note)
+
+
+def _import(
+    vit: Any, facts: ModelFacts, *, name: str, source: str, models: Path, by_default: bool, note: Note
+) -> ModelFolder:
+    folder = models / free_name(name, models)
+    trained = {"method": "imported", "source": source, "default_size": by_default}
+    model = save_model(folder, vit, facts, trained=trained)
+    note(f"imported as {model.path} ({facts.arch}, {facts.image_size} px, {model.dim} dimensions)")
+    return model
+
+
+def _rgb(values: Iterable[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return (float(red), float(green), float(blue))
+
+
+def _default_size(native: int) -> int:
+    return native if native <= LARGEST_DEFAULT_SIZE else 224
