@@ -1,0 +1,137 @@
+"""What changed between the catalog and the folders. Compares names, sizes and times; opens no file.
+
+A file is as it was when size and time are; anything else is read and its hash decides.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dinosearch.errors import DinosearchError
+from dinosearch.images.find import FoundImage, Scan
+from dinosearch.index.catalog import OK, TOO_LARGE, UNREADABLE, FileRow, StoredFile
+
+MAX_GONE = 0.2
+"""Share of a root's files that may be gone without being asked about: more looks like a disk half mounted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A file that has to be read."""
+
+    root: int
+    root_path: Path
+    found: FoundImage
+    stored: StoredFile | None
+    """What the catalog knows of it, under this path or the one it was moved from."""
+    moved: bool = False
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.root_path, self.found.path)  # noqa: PTH118 - surrogate escapes pass, and it is fast
+
+    def outcome(self, row: FileRow) -> str:
+        """Which count of the summary the file belongs to, now that it was read."""
+        if row.status != OK:
+            return "failed"
+        if self.stored is None:
+            return "new"
+        same = row.content_hash == self.stored.content_hash and self.stored.status in (OK, UNREADABLE)
+        return "changed" if not same else "moved" if self.moved else "unchanged"
+
+
+@dataclass(frozen=True)
+class DecoderKeys:
+    """What a bad file was tried with; it is tried again when that changes."""
+
+    decoders: str
+    large: str
+    """Decoders and pixel budget: for files that were refused for their size."""
+
+    def of(self, status: str) -> str:
+        return self.large if status == TOO_LARGE else self.decoders
+
+
+@dataclass
+class Changes:
+    """What a sync has to do, over all its roots."""
+
+    n_unchanged: int = 0
+    n_failed: int = 0
+    """Bad files that are as they were, and need not be read."""
+    wanted: list[Wanted] = field(default_factory=list)
+    gone: dict[Path, list[StoredFile]] = field(default_factory=dict)
+    """By root: files that were there and are not."""
+    n_stored: dict[Path, int] = field(default_factory=dict)
+    """By root: files that the catalog has."""
+    n_out_of_reach: int = 0
+    """Files with a vector of another model only, below folders that could not be listed."""
+
+    def news_like_gone(self) -> list[Wanted]:
+        """New files that may be gone ones under another name: some gone file has as many bytes."""
+        sizes = {stored.size for gone in self.gone.values() for stored in gone if stored.content_hash}
+        return [wanted for wanted in self.wanted if wanted.stored is None and wanted.found.size in sizes]
+
+
+def compare(
+    changes: Changes, *, root: int, root_path: Path, scan: Scan, stored: Iterable[StoredFile], keys: DecoderKeys
+) -> None:
+    """Add to `changes` what is to be done for one root."""
+    known = {file.path: file for file in stored}
+    changes.n_stored[root_path] = len(known)
+    gone = changes.gone.setdefault(root_path, [])
+    for found in scan.images:
+        before = known.pop(found.path, None)
+        if before is None or not _needs_no_reading(before, found, keys):
+            changes.wanted.append(Wanted(root, root_path, found, before))
+        elif before.status == OK:
+            changes.n_unchanged += 1
+        else:
+            changes.n_failed += 1
+    hidden = tuple(f"{folder}/" for folder, _ in scan.unreadable_folders)
+    for file in known.values():
+        if not (hidden and file.path.startswith(hidden)):
+            gone.append(file)
+        elif file.status == OK and not file.embedded:
+            changes.n_out_of_reach += 1
+
+
+def _needs_no_reading(before: StoredFile, found: FoundImage, keys: DecoderKeys) -> bool:
+    if (before.size, before.mtime_ns) != (found.size, found.mtime_ns):
+        return False
+    return before.embedded if before.status == OK else before.decoders == keys.of(before.status)
+
+
+def match_moves(hashes: Mapping[Wanted, str], changes: Changes) -> dict[Wanted, StoredFile]:
+    """Pair new files (and their content's hash) and gone files of equal content, by path; a further copy stays new.
+
+    Takes the pairs out of `changes.gone`, and out of `changes.wanted` the new files.
+    """
+    by_content: defaultdict[str, list[StoredFile]] = defaultdict(list)
+    for stored in itertools.chain.from_iterable(changes.gone.values()):
+        if stored.content_hash:
+            by_content[stored.content_hash].append(stored)
+    for candidates in by_content.values():
+        candidates.sort(key=lambda stored: os.fsencode(stored.path), reverse=True)
+    moves = {wanted: by_content[content].pop() for wanted, content in hashes.items() if by_content.get(content)}
+    found_again = {stored.id for stored in moves.values()}
+    for root, gone in changes.gone.items():
+        changes.gone[root] = [stored for stored in gone if stored.id not in found_again]
+    changes.wanted = [wanted for wanted in changes.wanted if wanted not in moves]
+    return moves
+
+
+def refuse_mass_deletion(changes: Changes) -> None:
+    """Raise DinosearchError if of any root's files more than MAX_GONE are gone."""
+    for root, gone in changes.gone.items():
+        n_stored = changes.n_stored[root]
+        if len(gone) > MAX_GONE * n_stored:
+            raise DinosearchError(
+                f"{len(gone)} of {n_stored} images are gone from {root}; nothing was changed. "
+                "If that is meant, run again with --yes; if a disk is missing, attach it first"
+            )

@@ -1,0 +1,82 @@
+"""Which index is meant: by name, by folder, by the folder of images it follows, or the newest."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from dinosearch.errors import IndexNotFound, IndexUnusable, UsageError
+from dinosearch.index.catalog import Catalog, is_index
+
+
+def indexes_path() -> Path:
+    """Folder of all indexes: $DINOSEARCH_INDEXES, or `indexes` in the current folder."""
+    return Path(os.environ.get("DINOSEARCH_INDEXES") or "indexes")
+
+
+def list_indexes(indexes: Path) -> list[Path]:
+    """Indexes, newest first by the time of their creation, without those that cannot be opened or were only begun."""
+    found = []
+    for path in sorted(indexes.iterdir()) if indexes.is_dir() else []:
+        if is_index(path):
+            try:
+                with Catalog.open(path) as catalog:
+                    if catalog.roots():
+                        found.append((catalog.meta("created"), path))
+            except IndexUnusable:
+                continue  # named, it says what is wrong with it
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def resolve_index(spec: str | None, *, indexes: Path, note: Callable[[str], None]) -> Path:
+    """Folder of an index by name or path; the newest one without. Raises IndexNotFound."""
+    if spec is not None:
+        for path in (indexes / spec, Path(spec)):
+            if is_index(path):
+                return path
+        raise IndexNotFound(
+            f"no index {spec} in {indexes}. Build one: dinosearch index IMAGES --name {Path(spec).name}"
+        )
+    found = list_indexes(indexes)
+    if not found:
+        raise IndexNotFound(f"no index in {indexes}. Build one: dinosearch index IMAGES")
+    if len(found) > 1:
+        note(f"index: {found[0].name}, the newest of {len(found)}")
+    return found[0]
+
+
+def index_for(roots: list[Path], *, name: str | None, indexes: Path) -> Path:
+    """Where to index folders: under `name`; else in the index that follows them; else under the first one's name.
+
+    A name that another folder's index has gets a number: name-2. Raises UsageError for a name that is no file name.
+    """
+    if name is not None:
+        if not re.fullmatch(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", name):
+            raise UsageError(f"{name!r} cannot be the name of an index. Use letters, digits, - and _")
+        return indexes / name
+    resolved = {root.resolve() for root in roots}
+    for path in list_indexes(indexes):
+        with Catalog.open(path) as catalog:
+            if resolved <= set(catalog.roots().values()):
+                return path
+    base = roots[0].resolve().name.lstrip(".") or "images"
+    base = os.fsencode(base).decode("utf-8", "replace")
+    path, number = indexes / base, 2
+    while path.exists() and not _begun(path):
+        path, number = indexes / f"{base}-{number}", number + 1
+    return path
+
+
+def _begun(path: Path) -> bool:
+    """Whether a first run was killed here before it saved anything."""
+    if not is_index(path):
+        return path.is_dir() and not any(path.glob("vectors-*"))
+    try:
+        with Catalog.open(path) as catalog:
+            return not catalog.roots()
+    except IndexNotFound:
+        return True
+    except IndexUnusable:
+        return False
