@@ -124,8 +124,10 @@ def _read_pickle(path: Path) -> object:
 
 def _reason(error: BaseException) -> str:
     """What the parser met; torch's own first line advises to load the file unsafely."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return first_line(error)
     told = re.search(r"WeightsUnpickler error: (.+)", str(error))
-    return told[1].strip() if told else first_line(error)
+    return told[1].strip() if told else "no pickled tensors"
 
 
 _MALFORMED = (
