@@ -1,0 +1,145 @@
+"""`index`, `info` and `failures`: build an index, and see what is in it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dinosearch.cli import show
+from dinosearch.cli.exits import SOME_FAILED
+
+if TYPE_CHECKING:
+    from dinosearch.encoder import Encoder
+    from dinosearch.index.sync import SyncProgress, SyncSummary
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+IndexOption = Annotated[str | None, typer.Option("--index", help="Name or folder of an index; the newest without.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(index)
+    app.command()(info)
+    app.command()(failures)
+
+
+def index(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of images, with all below them.")],
+    name: Annotated[str | None, typer.Option(help="Name of the index; the folder's name without.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name in models/, a folder, timm:NAME or a released file; the newest without.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the square that released weights see, in pixels.")
+    ] = None,
+    device: DeviceOption = "auto",
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Accept that more than a fifth of the files is gone.")
+    ] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Forget the vectors that no file needs any more.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Embed a folder of images into an index, or bring that index up to date.
+
+    Example: dinosearch index ./catalog
+    """
+    from dinosearch.index.locate import index_for, indexes_path
+    from dinosearch.index.sync import sync_index
+    from dinosearch.vit.folder import models_path
+    from dinosearch.vit.resolve import resolve_model
+
+    index_path = index_for(folders, name=name, indexes=indexes_path())
+    vit = resolve_model(model, models=models_path(), note=show.note, image_size=image_size)
+    show.note(f"index: {show.shown(index_path)}")
+
+    def start_encoder() -> "Encoder":
+        from dinosearch.encoder import open_encoder
+
+        encoder = open_encoder(vit, device=device, note=show.note)
+        show.note(f"engine: {encoder.engine}")
+        return encoder
+
+    summary: SyncSummary | None = None
+    with show.Progress() as bar:
+        try:
+            for progress in sync_index(
+                folders,
+                index_path=index_path,
+                model=vit,
+                encoder_for=start_encoder,
+                allow_deletions=yes,
+                prune=prune,
+                note=show.note,
+            ):
+                bar.update(progress.stage, done=progress.done, total=progress.total, details=_details(progress))
+                summary = progress.summary
+        except KeyboardInterrupt:
+            show.note("what was embedded is saved; the same command goes on from there")
+            raise
+    assert summary is not None
+    if as_json:
+        show.json_line(asdict(summary))
+    else:
+        _print_summary(summary)
+    if summary.failed:
+        show.note(f"{summary.failed} images failed: dinosearch failures --index {summary.index}")
+        raise typer.Exit(SOME_FAILED)
+
+
+def info(index: IndexOption = None, as_json: JsonOption = False) -> None:
+    """Show what an index holds: images, model, folders, FAISS file.
+
+    Example: dinosearch info --index catalog
+    """
+    from dinosearch.index.contents import index_info
+
+    facts = asdict(index_info(chosen_index(index)))
+    facts["roots"] = [show.shown(Path(root)) for root in facts["roots"]]
+    if as_json:
+        show.json_line(facts)
+        return
+    faiss = facts.pop("faiss") or {"type": "none yet"}
+    facts["roots"] = ", ".join(facts["roots"])
+    facts |= {f"faiss {key.replace('_', ' ')}": value for key, value in faiss.items()}
+    show.table(["", "value"], facts.items())
+
+
+def failures(index: IndexOption = None, as_json: JsonOption = False) -> None:
+    """List the images of an index that could not be read, with the reason.
+
+    Example: dinosearch failures --index catalog
+    """
+    from dinosearch.index.contents import failures as read_failures
+
+    rows = ((show.shown(Path(row.path)), row.status, row.reason) for row in read_failures(chosen_index(index)))
+    if as_json:
+        for path, status, reason in rows:
+            show.json_line({"path": path, "status": status, "reason": reason})
+    else:
+        show.table(["path", "status", "reason"], rows)
+
+
+def chosen_index(spec: str | None) -> Path:
+    """The index that is named, or the newest, which is then said."""
+    from dinosearch.index.locate import indexes_path, resolve_index
+
+    path = resolve_index(spec, indexes=indexes_path(), note=lambda _: None)
+    if spec is None:
+        show.note(f"index: {show.shown(path)} (the newest; --index chooses another)")
+    return path
+
+
+def _details(progress: "SyncProgress") -> str:
+    speed = f"{progress.images_per_second:.0f} images/s" if progress.images_per_second else ""
+    failed = f"{progress.failed} failed" if progress.failed else ""
+    return "  ".join(part for part in (speed, failed) if part)
+
+
+def _print_summary(summary: "SyncSummary") -> None:
+    counts = ", ".join(
+        f"{getattr(summary, name)} {name}" for name in ("new", "changed", "moved", "unchanged", "deleted", "failed")
+    )
+    show.line(f"{summary.index}: {summary.images} images can be searched ({counts})")
+    speed = f", {summary.images_per_second:.0f} images/s" if summary.embedded else ""
+    show.line(f"{summary.embedded} embedded with {summary.model} in {show.duration(summary.seconds)}{speed}")

@@ -1,0 +1,60 @@
+"""`probe`: how well the indexed vectors tell labelled images apart."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dinosearch.cli import show
+from dinosearch.cli.index import IndexOption, JsonOption, chosen_index
+
+if TYPE_CHECKING:
+    from dinosearch.query.probe import ProbeReport
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(probe)
+
+
+def probe(
+    labels: Annotated[Path, typer.Option("--labels", help="CSV with columns path,label and optionally split.")],
+    index: IndexOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the held-out split, where the CSV has none.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how well the index's vectors tell labelled images apart, by k-NN vote and a linear probe.
+
+    Example: dinosearch probe --labels labels.csv
+    """
+    from dinosearch.index.contents import read_vectors
+    from dinosearch.query.labels import load_labels
+    from dinosearch.query.probe import probe as probe_vectors
+
+    files, vectors = read_vectors(chosen_index(index))
+    known = load_labels(labels, files)
+    if known.unmatched:
+        first = known.unmatched[0]
+        show.note(
+            f"{len(known.unmatched)} lines of {labels} name no indexed image "
+            f"(line {first.line}: {first.path}); {len(known.rows)} do"
+        )
+    if known.n_repeated:
+        show.note(f"{known.n_repeated} lines of {labels} repeat another; they count once")
+    report = probe_vectors(vectors[known.rows], known.labels, split=known.splits, seed=seed, note=show.note)
+    if as_json:
+        show.json_line(asdict(report) | {"unmatched": len(known.unmatched)})
+    else:
+        _print_report(report)
+
+
+def _print_report(report: "ProbeReport") -> None:
+    rows = [(row.label, row.n_train, row.n_test, _percent(row.knn), _percent(row.linear)) for row in report.per_class]
+    total = ("all", report.n_train, report.n_test, _percent(report.knn.top1), _percent(report.linear.top1))
+    show.table(
+        ["class", "train", "test", f"k-NN (k = {report.knn.k})", f"linear (C = {report.linear.c:g})"], [*rows, total]
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
