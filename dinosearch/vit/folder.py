@@ -86,12 +86,13 @@ class ModelFolder(ModelFacts):
 
         Raises DinosearchError when the weights do not fit the architecture.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         vit = create_vit(self.facts())
         try:
             vit.load_state_dict(load_file(self.weights_path))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise DinosearchError(
                 f"{self.weights_path} cannot be loaded as {self.arch} ({first_line(error)}). "
                 "Restore the file from a backup, or train or import the model again"
@@ -100,9 +101,16 @@ class ModelFolder(ModelFacts):
 
     def verify(self) -> None:
         """Raise ModelMismatch if the weights are not those that `model.json` was written for."""
+        from safetensors import SafetensorError
+
         if not self.weights_path.is_file():
             raise ModelNotFound(f"{self.weights_path} is missing. Put it back, or train the model again")
-        found = fingerprint_of(self.weights_path, self.facts())
+        try:
+            found = fingerprint_of(self.weights_path, self.facts())
+        except (OSError, SafetensorError) as error:
+            raise ModelMismatch(
+                f"{self.weights_path} cannot be read ({first_line(error)}). Restore it, or train into another --name"
+            ) from error
         if found != self.fingerprint:
             raise ModelMismatch(
                 f"{self.weights_path} (fingerprint {found}) is not the file that model.json describes "
@@ -180,6 +188,8 @@ def open_model(path: Path) -> ModelFolder:
         raise DinosearchError(
             f"{path / 'model.json'} cannot be read ({first_line(error)}). Restore it, or train the model again"
         ) from error
+    if not isinstance(facts, dict):
+        raise DinosearchError(f"{path / 'model.json'} holds no JSON object. Restore it, or train the model again")
     if facts.get("format", 0) > FORMAT:
         raise DinosearchError(
             f"{path} was written by a newer dinosearch (model format {facts['format']}). "
