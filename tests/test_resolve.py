@@ -1,0 +1,200 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from dinosearch.errors import DinosearchError, ModelNotFound
+from dinosearch.vit.folder import ModelFacts, create_vit, list_models, save_model
+from dinosearch.vit.resolve import DEFAULT_MODEL, resolve_model
+
+FACTS = ModelFacts(
+    arch="vit_tiny_patch16_224",
+    arch_kwargs={"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1},
+    image_size=16,
+)
+CLOSED = "http://127.0.0.1:9"
+"""The discard port: nobody listens."""
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A folder with two models, the newer named "dogs", below an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for name, year in (("cats", 2024), ("dogs", 2025)):
+        save_model(tmp_path / "models" / name, create_vit(FACTS), FACTS, trained={}, created=f"{year}-01-01T00:00:00")
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub out of reach; what lies in the returned folder was fetched before."""
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", CLOSED)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def put_on_hub(hub, arch):
+    """Random weights for one of timm's models, laid out as the hub's client caches them; the model itself."""
+    torch.manual_seed(1)
+    vit = timm.create_model(arch, num_classes=0, global_pool="token")
+    repository, commit = hub / f"models--timm--{arch}", "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    save_file(vit.state_dict(), repository / "snapshots" / commit / "model.safetensors")
+    return vit.eval()
+
+
+def test_nothing_named_is_the_newest(models):
+    notes = []
+    assert resolve_model(None, models=models, note=notes.append).name == "dogs"
+    assert len(notes) == 1
+    assert "dogs" in notes[0]
+    assert "--model" in notes[0]
+
+
+def test_a_name_a_folder_and_a_relative_folder(models):
+    assert resolve_model("cats", models=models).path == models / "cats"
+    assert resolve_model(str(models / "cats"), models=models).name == "cats"
+    assert resolve_model("models/cats", models=models).name == "cats"
+
+
+def test_an_own_model_keeps_its_size(models):
+    assert resolve_model("cats", models=models, image_size=16).image_size == 16
+    with pytest.raises(DinosearchError, match=r"cats works at 16 px. Leave --image-size out"):
+        resolve_model("cats", models=models, image_size=32)
+
+
+@pytest.mark.parametrize("spec", ["birds", "models/birds", "/nowhere", "models", "", "birds.pth"])
+def test_unknown_names_list_what_there_is(models, spec):
+    with pytest.raises(ModelNotFound, match="There are: dogs, cats"):
+        resolve_model(spec, models=models)
+
+
+def test_an_unknown_name_without_any_model(tmp_path):
+    with pytest.raises(ModelNotFound, match=r"no model 'birds'.*dinosearch train IMAGES"):
+        resolve_model("birds", models=tmp_path / "models")
+
+
+def test_a_released_file_is_converted_once(models, tmp_path):
+    vit = create_vit(FACTS).eval()
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in vit.state_dict().items()}}, tmp_path / "my dino.pth")
+    notes = []
+    first = resolve_model("my dino.pth", models=models, note=notes.append)
+    assert (first.path, first.image_size, first.trained["method"]) == (models / "my-dino", 16, "imported")
+    assert torch.equal(first.load_vit()(torch.ones(1, 3, 16, 16)), vit(torch.ones(1, 3, 16, 16)))
+    assert resolve_model(str(tmp_path / "my dino.pth"), models=models) == first
+    assert len(notes) == 1
+    assert "imported as" in notes[0]
+
+    larger = resolve_model("my dino.pth", models=models, image_size=32)
+    assert (larger.path, larger.image_size) == (models / "my-dino-2", 32)
+    assert resolve_model("my dino.pth", models=models, image_size=32) == larger
+    assert resolve_model("my dino.pth", models=models) == first
+
+    torch.save(create_vit(FACTS).state_dict(), tmp_path / "my dino.pth")
+    assert resolve_model("my dino.pth", models=models).fingerprint != first.fingerprint
+
+
+def test_a_broken_file_leaves_no_model_behind(models, tmp_path):
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    with pytest.raises(DinosearchError, match="web page"):
+        resolve_model("page.pth", models=models)
+    assert len(list(models.iterdir())) == 2
+
+
+def test_a_known_import_needs_neither_torch_nor_timm(models, tmp_path):
+    torch.save(create_vit(FACTS).state_dict(), tmp_path / "dino.pth")
+    resolve_model("dino.pth", models=models)
+    code = (
+        "import sys; from pathlib import Path; from dinosearch.vit.resolve import resolve_model\n"
+        "for spec in ('dino.pth', 'cats', None): resolve_model(spec, models=Path('models'))\n"
+        "assert not {'torch', 'timm', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_the_default_comes_from_the_hub_once(hub, tmp_path):
+    vit = put_on_hub(hub, DEFAULT_MODEL.removeprefix("timm:"))
+    models, notes = tmp_path / "models", []
+    model = resolve_model(None, models=models, note=notes.append)
+    assert model.name == "vit_small_patch14_reg4_dinov2.lvd142m"
+    assert (model.image_size, model.crop_pct, model.pooling, model.dim) == (224, 1.0, "token", 384)
+    assert len(notes) == 3  # what was chosen by default, that it is fetched, where it went
+    assert DEFAULT_MODEL in notes[0]
+    vit.set_input_size(224)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.load_vit()(images), vit(images))
+
+    (hub / "models--timm--vit_small_patch14_reg4_dinov2.lvd142m").rename(hub / "gone")
+    notes.clear()
+    assert resolve_model(DEFAULT_MODEL, models=models, note=notes.append) == model
+    assert notes == []
+    assert [found.name for found in list_models(models)] == [model.name]
+
+
+def test_another_size_of_a_timm_model_is_another_model(hub, tmp_path):
+    put_on_hub(hub, "vit_tiny_patch16_224.augreg_in21k")
+    models, spec = tmp_path / "models", "timm:vit_tiny_patch16_224.augreg_in21k"
+    native = resolve_model(spec, models=models)
+    small = resolve_model(spec, models=models, image_size=96)
+    assert (native.image_size, small.image_size) == (224, 96)
+    assert (native.crop_pct, native.mean) == (0.9, (0.5, 0.5, 0.5))
+    assert native.fingerprint != small.fingerprint
+    assert resolve_model(spec, models=models) == native
+    assert resolve_model(spec, models=models, image_size=96) == small
+    assert resolve_model(spec, models=models, image_size=224) == native
+    assert small.load_vit()(torch.zeros(1, 3, 96, 96)).shape == (1, 192)
+
+
+def test_without_a_network_one_line_names_both_ways_out(hub, tmp_path):
+    started = time.monotonic()
+    with pytest.raises(ModelNotFound) as raised:
+        resolve_model(None, models=tmp_path / "models")
+    assert time.monotonic() - started < 10
+    message = str(raised.value)
+    assert "\n" not in message
+    assert "dinosearch train IMAGES" in message
+    assert "--model FILE.pth" in message
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("timm:vit_smal", "timm has no model 'vit_smal'"),
+        ("timm:", "timm has no model ''"),
+        ("timm:vit_tiny_patch16_18x2_224", "timm has no model"),
+        ("timm:vit_base_patch16_plus_240", "no pretrained weights.*Choose one with a tag"),
+    ],
+)
+def test_unknown_timm_models(hub, tmp_path, spec, message):
+    with pytest.raises(ModelNotFound, match=message) as raised:
+        resolve_model(spec, models=tmp_path / "models")
+    assert "\n" not in str(raised.value)
+
+
+def test_timm_models_that_are_no_vision_transformers_are_refused(hub, tmp_path):
+    with pytest.raises(DinosearchError, match="Choose a vision transformer"):
+        resolve_model("timm:resnet18.a1_in1k", models=tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+def test_telemetry_of_the_hub_is_off(hub, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
+    with pytest.raises(ModelNotFound):
+        resolve_model(None, models=tmp_path / "models")
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
