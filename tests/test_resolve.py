@@ -160,7 +160,8 @@ def test_another_size_of_a_timm_model_is_another_model(hub, tmp_path):
     assert small.load_vit()(torch.zeros(1, 3, 96, 96)).shape == (1, 192)
 
 
-def test_without_a_network_one_line_names_both_ways_out(hub, tmp_path):
+@pytest.mark.usefixtures("hub")
+def test_without_a_network_one_line_names_both_ways_out(tmp_path):
     started = time.monotonic()
     with pytest.raises(ModelNotFound) as raised:
         resolve_model(None, models=tmp_path / "models")
@@ -172,6 +173,7 @@ def test_without_a_network_one_line_names_both_ways_out(hub, tmp_path):
     assert not (tmp_path / "models").exists()
 
 
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -181,19 +183,21 @@ def test_without_a_network_one_line_names_both_ways_out(hub, tmp_path):
         ("timm:vit_base_patch16_plus_240", "no pretrained weights.*Choose one with a tag"),
     ],
 )
-def test_unknown_timm_models(hub, tmp_path, spec, message):
+def test_unknown_timm_models(tmp_path, spec, message):
     with pytest.raises(ModelNotFound, match=message) as raised:
         resolve_model(spec, models=tmp_path / "models")
     assert "\n" not in str(raised.value)
 
 
-def test_timm_models_that_are_no_vision_transformers_are_refused(hub, tmp_path):
+@pytest.mark.usefixtures("hub")
+def test_timm_models_that_are_no_vision_transformers_are_refused(tmp_path):
     with pytest.raises(DinosearchError, match="Choose a vision transformer"):
         resolve_model("timm:resnet18.a1_in1k", models=tmp_path / "models")
     assert not (tmp_path / "models").exists()
 
 
-def test_telemetry_of_the_hub_is_off(hub, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("hub")
+def test_telemetry_of_the_hub_is_off(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
     with pytest.raises(ModelNotFound):
         resolve_model(None, models=tmp_path / "models")
