@@ -11,6 +11,7 @@ Paths that are not UTF-8 are stored as BLOB, all others as TEXT.
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -575,7 +576,7 @@ def network_file_system(folder: Path, *, mounts: Path = Path("/proc/mounts")) ->
     best, kind = -1, ""
     for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         _, point, found, *_ = line.split(" ")
-        point = point.encode("utf-8", "surrogateescape").decode("unicode_escape", "surrogateescape")  # \040 is a space
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), point)  # \040 is a space
         if folder.is_relative_to(point) and len(point) >= best:  # of two mounts on one point the later one is on top
             best, kind = len(point), found
     return kind if kind in _NETWORK else None
