@@ -12,8 +12,8 @@ from indexing import Workshop, a_model, last, never, set_age, write_image, write
 from PIL import Image
 
 from dinosearch.errors import DinosearchError, IndexLocked, IndexNotFound, UsageError
-from dinosearch.images.decode import decode
 from dinosearch.images import find
+from dinosearch.images.decode import decode
 from dinosearch.index import embed
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.contents import failures, index_info, read_vectors
@@ -29,7 +29,7 @@ def shop(tmp_path):
 
 
 def counts(summary):
-    names = "new changed moved unchanged deleted failed embedded images".split()
+    names = ("new", "changed", "moved", "unchanged", "deleted", "failed", "embedded", "images")
     return {name: getattr(summary, name) for name in names if getattr(summary, name)}
 
 
@@ -471,7 +471,7 @@ def test_what_was_too_large_is_tried_again_with_a_larger_budget(shop, monkeypatc
     assert counts(shop.sync()) == {"unchanged": 20, "changed": 1, "embedded": 1, "images": 21}
 
 
-def test_names_that_are_not_utf8_or_hold_newlines_are_kept(shop, tmp_path):
+def test_names_that_are_not_utf8_or_hold_newlines_are_kept(shop):
     names = [b"caf\xe9.png", b"new\nline.png", b"\x1b[31mred.png", "käse.png".encode()]
     for number, name in enumerate(names):
         write_image(shop.root / os.fsdecode(name), 300 + number)
@@ -568,7 +568,7 @@ def test_moves_under_another_model_are_moved_and_embedded(shop, tmp_path):
     assert_as_in_a_calm_run(shop, tmp_path)
 
 
-def test_a_content_that_changed_behind_its_size_and_time_is_found_by_another_model(shop, tmp_path):
+def test_a_content_that_changed_behind_its_size_and_time_is_found_by_another_model(shop):
     path = shop.root / "0000.bmp"
     Image.new("RGB", (8, 8), "red").save(path)
     set_age(path, 100)

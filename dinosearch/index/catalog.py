@@ -170,7 +170,7 @@ class Catalog:
 
     @classmethod
     def create(
-        cls, index_path: Path, *, fingerprint: str, model: str, dim: int, note: Callable[[str], None]
+        cls, index_path: Path, *, fingerprint: str, model: str, dim: int, note: Callable[[str], None] = lambda _: None
     ) -> Catalog:
         """Make the catalog of a new index. What one killed attempt left behind is finished, never taken as an index."""
         path = index_path / FILE_NAME
@@ -211,9 +211,7 @@ class Catalog:
 
     def close(self) -> None:
         """Undo what was not committed and close."""
-        with self._lock:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
+        with self._lock, _explained(self.path):
             self._connection.close()
 
     def __enter__(self) -> Catalog:

@@ -1,0 +1,187 @@
+import os
+import sqlite3
+
+import numpy as np
+import pytest
+
+from dinosearch.errors import DinosearchError, IndexNotFound, IndexUnusable
+from dinosearch.index import catalog as catalog_module
+from dinosearch.index.catalog import FORMAT, Catalog, FileRow, network_file_system
+
+DIM = 8
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    with Catalog.create(tmp_path, fingerprint="f" * 16, model="m", dim=DIM) as catalog:
+        yield catalog
+
+
+def unit(n, seed=0):
+    vectors = np.random.default_rng(seed).standard_normal((n, DIM)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def fill(catalog, n, *, root="/photos", fingerprint="f" * 16):
+    number = catalog.add_root(catalog_module.Path(root))
+    catalog.put_vectors([(f"{i:032x}", 4, 3) for i in range(n)], unit(n), fingerprint=fingerprint)
+    catalog.put_files(FileRow(number, f"{i}.png", 10, 20, f"{i:032x}", "ok", width=4, height=3) for i in range(n))
+    return number
+
+
+def test_what_is_not_committed_is_seen_by_nobody_and_undone(catalog, tmp_path):
+    fill(catalog, 3)
+    with Catalog.open(tmp_path) as reader:
+        assert reader.n_images() == 0
+        catalog.commit()
+        assert reader.n_images() == 3
+        fill(catalog, 5)
+        catalog.rollback()
+        assert reader.n_images() == catalog.n_images() == 3
+
+
+def test_vectors_come_back_as_unit_vectors_within_half_precision(catalog):
+    fill(catalog, 5)
+    [(ids, vectors)] = catalog.vector_blocks(fingerprint="f" * 16)
+    assert ids.tolist() == sorted(ids.tolist())
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert np.allclose(vectors, unit(5), atol=1e-3)
+
+
+def test_vectors_are_read_in_blocks_that_miss_none(catalog, monkeypatch):
+    monkeypatch.setattr(catalog_module, "_BLOCK", 4)
+    fill(catalog, 10)
+    blocks = list(catalog.vector_blocks(fingerprint="f" * 16))
+    assert [len(ids) for ids, _ in blocks] == [4, 4, 2]
+    assert sum(len(files) for files, _ in catalog.live_vectors()) == 10
+    assert [file.path for file in catalog.live_files()] == [f"{i}.png" for i in range(10)]
+
+
+def test_a_content_has_one_vector_a_model_and_it_stays(catalog):
+    fill(catalog, 3)
+    catalog.put_vectors([(f"{0:032x}", 4, 3)], unit(1, seed=9), fingerprint="f" * 16)
+    [(_, vectors)] = catalog.vector_blocks(fingerprint="f" * 16)
+    assert len(vectors) == 3
+    assert np.allclose(vectors, unit(3), atol=1e-3)
+
+
+def test_ids_of_pruned_vectors_are_never_used_again(catalog):
+    number = fill(catalog, 3)
+    before = [int(i) for ids, _ in catalog.vector_blocks(fingerprint="f" * 16) for i in ids]
+    catalog.remove_files(file.id for file in catalog.stored_files(number, fingerprint="f" * 16))
+    assert catalog.prune() == 3
+    fill(catalog, 3)
+    after = [int(i) for ids, _ in catalog.vector_blocks(fingerprint="f" * 16) for i in ids]
+    assert min(after) > max(before)
+
+
+def test_paths_that_are_not_utf8_are_kept_as_bytes(catalog, tmp_path):
+    number = catalog.add_root(catalog_module.Path(os.fsdecode(b"/ph\xf6tos")))
+    name = os.fsdecode(b"caf\xe9.png")
+    catalog.put_files([FileRow(number, name, 1, 2, None, "unreadable", "why")])
+    catalog.put_files([FileRow(number, "käse.png", 1, 2, None, "unreadable", "why")])
+    catalog.commit()
+    assert {stored.path for stored in catalog.stored_files(number, fingerprint="")} == {name, "käse.png"}
+    assert os.fsencode(catalog.roots()[number]) == b"/ph\xf6tos"
+    rows = sqlite3.connect(tmp_path / "catalog.sqlite").execute("SELECT typeof(path) FROM files ORDER BY 1").fetchall()
+    assert rows == [("blob",), ("text",)]
+
+
+def test_an_unreadable_file_keeps_the_hash_it_had(catalog):
+    number = fill(catalog, 1)
+    catalog.put_files([FileRow(number, "0.png", 10, 20, None, "unreadable", "denied")])
+    [stored] = catalog.stored_files(number, fingerprint="f" * 16)
+    assert (stored.status, stored.content_hash) == ("unreadable", f"{0:032x}")
+    assert catalog.n_images() == 0
+
+
+def test_a_failure_is_known_by_content_to_the_decoders_that_failed(catalog):
+    number = catalog.add_root(catalog_module.Path("/photos"))
+    catalog.put_files([FileRow(number, "a", 1, 2, "aa", "corrupt", "why", decoders="old")])
+    catalog.put_files([FileRow(number, "b", 1, 2, "bb", "too-large", "big", decoders="old 100")])
+
+    def known(content, decoders="old", large="old 100"):
+        return catalog.known_content(content, fingerprint="f" * 16, decoders=decoders, large=large)
+
+    assert known("aa") == ("corrupt", "why", None, None)
+    assert known("aa", decoders="new") is None
+    assert known("bb") == ("too-large", "big", None, None)
+    assert known("bb", large="old 200") is None
+    assert known("cc") is None
+
+
+def test_a_newer_format_is_refused_with_what_to_do(catalog, tmp_path):
+    catalog.close()
+    connection = sqlite3.connect(tmp_path / "catalog.sqlite")
+    connection.execute(f"PRAGMA user_version = {FORMAT + 1}")
+    connection.close()
+    for writable in (False, True):
+        with pytest.raises(IndexUnusable, match=f"has format {FORMAT + 1}.*Update dinosearch") as caught:
+            Catalog.open(tmp_path, writable=writable)
+        assert caught.value.exit_code == 4
+
+
+def test_a_foreign_database_is_refused(tmp_path):
+    connection = sqlite3.connect(tmp_path / "catalog.sqlite")
+    connection.execute("CREATE TABLE files (name)")
+    connection.close()
+    with pytest.raises(IndexUnusable, match="no catalog of dinosearch"):
+        Catalog.open(tmp_path)
+
+
+def test_a_damaged_catalog_is_reported_with_what_to_do(catalog, tmp_path):
+    fill(catalog, 2000)
+    catalog.commit()
+    catalog.close()
+    path = tmp_path / "catalog.sqlite"
+    data = bytearray(path.read_bytes())
+    data[4096:] = os.urandom(len(data) - 4096)
+    path.write_bytes(data)
+    with pytest.raises(IndexUnusable, match=r"is damaged .*index again"), Catalog.open(tmp_path) as damaged:
+        damaged.n_images()
+    path.write_bytes(b"no database at all, but long enough to look like one" * 100)
+    with pytest.raises(IndexUnusable, match=r"is damaged"):
+        Catalog.open(tmp_path)
+
+
+def test_a_missing_catalog_is_no_index(tmp_path):
+    with pytest.raises(IndexNotFound, match="Build"):
+        Catalog.open(tmp_path)
+    assert not (tmp_path / "catalog.sqlite").exists()
+
+
+def test_a_full_disk_is_said_and_what_was_saved_stays(catalog, tmp_path):
+    number = fill(catalog, 3)
+    catalog.commit()
+    pages = catalog._rows("PRAGMA page_count")[0][0]
+    catalog._rows(f"PRAGMA max_page_count = {pages}")
+    rows = [FileRow(number, "x" * 3000 + str(i), 1, 2, None, "unreadable") for i in range(100)]
+    with pytest.raises(DinosearchError, match="is full") as caught:
+        catalog.put_files(rows)
+    assert caught.value.exit_code == 1
+    catalog.rollback()
+    with Catalog.open(tmp_path) as reader:
+        assert reader.n_images() == 3
+
+
+def test_local_disks_get_a_write_ahead_log_and_network_disks_do_not(tmp_path, monkeypatch):
+    with Catalog.create(tmp_path, fingerprint="f", model="m", dim=DIM) as catalog:
+        assert catalog._rows("PRAGMA journal_mode") == [("wal",)]
+        assert catalog._rows("PRAGMA synchronous") == [(2,)]
+    monkeypatch.setattr(catalog_module, "network_file_system", lambda _: "nfs4")
+    notes = []
+    with Catalog.open(tmp_path, writable=True, note=notes.append) as catalog:
+        assert catalog._rows("PRAGMA journal_mode") == [("delete",)]
+        assert catalog._rows("PRAGMA synchronous") == [(2,)]
+    assert "network file system (nfs4)" in notes[0]
+
+
+def test_network_file_systems_are_told_by_the_deepest_mount(tmp_path):
+    folder, mounts = tmp_path / "with space" / "in", tmp_path / "mounts"
+    (folder / "local").mkdir(parents=True)
+    point = str(tmp_path / "with space").replace(" ", "\\040")
+    mounts.write_text(f"/dev/a / ext4 rw 0 0\nserver:/x {point} nfs4 rw 0 0\n/dev/b {point}/in/local xfs rw 0 0\n")
+    assert network_file_system(folder, mounts=mounts) == "nfs4"
+    assert network_file_system(folder / "local", mounts=mounts) is None
+    assert network_file_system(tmp_path, mounts=mounts) is None
+    assert network_file_system(tmp_path, mounts=tmp_path / "absent") is None

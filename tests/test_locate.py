@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+from indexing import Workshop, a_model, write_images
+
+from dinosearch.errors import IndexNotFound, UsageError
+from dinosearch.index.locate import index_for, indexes_path, list_indexes, resolve_index
+
+
+def sync(root, index):
+    write_images(root, 2)
+    Workshop(root, index, a_model(), None, []).sync()
+    return index
+
+
+def test_the_newest_index_is_the_one_created_last_whatever_was_written_since(tmp_path):
+    indexes = tmp_path / "indexes"
+    first, second = sync(tmp_path / "a", indexes / "z"), sync(tmp_path / "b", indexes / "y")
+    write_images(tmp_path / "a", 3)
+    sync(tmp_path / "a", first)
+    (indexes / "not an index").mkdir()
+    (indexes / "begun").mkdir()
+    (indexes / "begun" / "catalog.sqlite").touch()
+    (indexes / "README.md").touch()
+    assert list_indexes(indexes) == [second, first]
+    notes = []
+    assert resolve_index(None, indexes=indexes, note=notes.append) == second
+    assert "y" in notes[0]
+
+
+def test_an_index_is_named_by_name_or_folder(tmp_path):
+    path = sync(tmp_path / "a", tmp_path / "indexes" / "a")
+    assert resolve_index("a", indexes=tmp_path / "indexes", note=print) == path
+    assert resolve_index(str(path), indexes=tmp_path / "elsewhere", note=print) == path
+    with pytest.raises(IndexNotFound, match="dinosearch index"):
+        resolve_index("b", indexes=tmp_path / "indexes", note=print)
+    with pytest.raises(IndexNotFound, match="dinosearch index"):
+        resolve_index(None, indexes=tmp_path / "elsewhere", note=print)
+
+
+def test_a_folder_finds_its_index_again_under_whatever_name(tmp_path, monkeypatch):
+    indexes = tmp_path / "indexes"
+    path = sync(tmp_path / "photos", indexes / "summer")
+    monkeypatch.chdir(tmp_path)
+    assert index_for([Path("photos/../photos")], name=None, indexes=indexes) == path
+    assert index_for([tmp_path / "photos"], name="winter", indexes=indexes) == indexes / "winter"
+
+
+def test_another_folder_of_the_same_name_gets_a_number(tmp_path):
+    indexes = tmp_path / "indexes"
+    assert index_for([tmp_path / "one" / "photos"], name=None, indexes=indexes) == indexes / "photos"
+    sync(tmp_path / "one" / "photos", indexes / "photos")
+    second = index_for([tmp_path / "two" / "photos"], name=None, indexes=indexes)
+    assert second == indexes / "photos-2"
+    sync(tmp_path / "two" / "photos", second)
+    assert index_for([tmp_path / "three" / "photos"], name=None, indexes=indexes) == indexes / "photos-3"
+    assert index_for([tmp_path / "two" / "photos"], name=None, indexes=indexes) == second
+
+
+def test_an_index_that_was_only_begun_is_gone_on_with(tmp_path):
+    begun = tmp_path / "indexes" / "photos"
+    begun.mkdir(parents=True)
+    (begun / "catalog.sqlite").touch()
+    assert index_for([tmp_path / "photos"], name=None, indexes=tmp_path / "indexes") == begun
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "new\nline"])
+def test_a_name_must_be_a_file_name(tmp_path, name):
+    with pytest.raises(UsageError, match="cannot be the name"):
+        index_for([tmp_path], name=name, indexes=tmp_path)
+
+
+def test_indexes_lie_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("DINOSEARCH_INDEXES", raising=False)
+    assert str(indexes_path()) == "indexes"
+    monkeypatch.setenv("DINOSEARCH_INDEXES", str(tmp_path))
+    assert indexes_path() == tmp_path
