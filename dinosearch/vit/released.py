@@ -217,9 +217,8 @@ class _Layout:
         registers = next((state[n] for n in ("register_tokens", "storage_tokens", "reg_token") if n in state), None)
         first = next((n for n in ("w12", "w1", "fc1_g", "fc1") if f"blocks.0.mlp.{n}.weight" in state), "fc1")
         n_hidden = _shape(state, f"blocks.0.mlp.{first}.weight", 2, path)[0]
-        packed = first in ("fc1", "w12") and (
-            n_hidden == 2 * next((state[n].shape[1] for n in _second_layers(state)), n_hidden)
-        )
+        last = "w3" if first in ("w12", "w1") else "fc2"
+        n_read = _shape(state, f"blocks.0.mlp.{last}.weight", 2, path)[1]
         grid, class_position = _grid(state, path)
         periods = state.get("rope_embed.periods")
         return cls(
@@ -228,17 +227,13 @@ class _Layout:
             patch=patch,
             n_registers=registers.shape[1] if registers is not None else 0,
             n_hidden=n_hidden,
-            gated=packed or first in ("w1", "fc1_g"),
+            gated=first in ("w1", "fc1_g") or n_hidden == 2 * n_read,
             layer_scale="blocks.0.ls1.gamma" in state,
             grid=grid,
             class_position=class_position and "register_tokens" not in state,
             head_dim=4 * len(periods) if periods is not None else None,
             qkv_bias=_has_bias(state, path),
         )
-
-
-def _second_layers(state: "Mapping[str, torch.Tensor]") -> list[str]:
-    return [name for name in ("blocks.0.mlp.fc2.weight", "blocks.0.mlp.w3.weight") if name in state]
 
 
 def _shape(state: "Mapping[str, torch.Tensor]", name: str, n_axes: int, path: Path) -> tuple[int, ...]:
@@ -268,9 +263,7 @@ def _has_bias(state: "Mapping[str, torch.Tensor]", path: Path) -> bool:
 
     Raises DinosearchError for keys with a bias: a rotation follows, so it counts, and timm has no place for it.
     """
-    if "pos_embed" in state:
-        return True
-    if "blocks.0.attn.q_bias" in state:
+    if "pos_embed" in state or "blocks.0.attn.q_bias" in state:
         return True
     found = False
     for name, bias in state.items():
