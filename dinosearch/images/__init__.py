@@ -1,0 +1,33 @@
+"""Image files and their pixels: find them, read them, decode them into squares. Knows no models and no torch."""
+
+from dinosearch.images.decode import (
+    BadImage,
+    Fit,
+    Picture,
+    content_hash,
+    decode,
+    decode_rgb,
+    decoders,
+    pixel_budget,
+)
+from dinosearch.images.find import FoundImage, Scan, find_images
+from dinosearch.images.machine import memory_bytes, n_cores
+from dinosearch.images.read import in_threads, read_bytes
+
+__all__ = [
+    "BadImage",
+    "Fit",
+    "FoundImage",
+    "Picture",
+    "Scan",
+    "content_hash",
+    "decode",
+    "decode_rgb",
+    "decoders",
+    "find_images",
+    "in_threads",
+    "memory_bytes",
+    "n_cores",
+    "pixel_budget",
+    "read_bytes",
+]
