@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dinosearch.cli import index, models, probe, query
+from dinosearch.cli import index, models, probe, query, train
 from dinosearch.cli.exits import Commands
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+train.add_to(app)
 index.add_to(app)
 query.add_to(app)
 probe.add_to(app)

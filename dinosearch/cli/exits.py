@@ -6,7 +6,7 @@ Unexpected exceptions are our mistakes and keep their traceback.
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -24,6 +24,33 @@ INTERRUPTED = 130
 
 class Terminated(KeyboardInterrupt):
     """The system asked to stop. Whoever saves on Ctrl-C saves on this too."""
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """For work that looks between steps whether to stop: the first Ctrl-C or SIGTERM only makes the answer yes.
+
+    The second one interrupts at once.
+    """
+    asked = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_terminations())}
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if number != signal.SIGINT:
+            _received.append(number)
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    for number in before:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Commands(TyperGroup):
@@ -57,9 +84,7 @@ def _terminations_as_exceptions() -> Iterator[None]:
         _received.append(number)
         raise Terminated
 
-    # SIGHUP: the terminal was closed; under nohup it is ignored, and stays so.
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    taken = [number for number in _terminations() if signal.getsignal(number) == signal.SIG_DFL]
     for number in taken:
         signal.signal(number, stop)
     try:
@@ -67,3 +92,8 @@ def _terminations_as_exceptions() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _terminations() -> list[signal.Signals]:
+    """SIGHUP: the terminal was closed; under nohup it is ignored, and stays so."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]

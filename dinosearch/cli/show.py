@@ -120,13 +120,17 @@ class Progress:
         if self._rich:
             self._rich.stop()
 
-    def update(self, stage: str, *, done: int = 0, total: int = 0, details: str = "") -> None:
-        """`total` 0 means that it is not known."""
+    def update(
+        self, stage: str, *, done: int = 0, total: int = 0, details: str = "", seconds_left: float | None = None
+    ) -> None:
+        """`total` 0 means that it is not known; `seconds_left` is worked out where the caller does not know better."""
         now = time.monotonic()
         if self._now is None or self._now.stage != stage:
             self._begin(stage, now)
         assert self._now is not None
-        left = duration((total - done) * (now - self._now.since) / done) + " left" if total and done else ""
+        if seconds_left is None and total and done:
+            seconds_left = (total - done) * (now - self._now.since) / done
+        left = "" if seconds_left is None else f"{duration(seconds_left)} left"
         if self._rich:
             self._rich.update(self._now.task, completed=done, total=total or None, details=details, left=left)
         elif now - self._printed >= PLAIN_SECONDS:
