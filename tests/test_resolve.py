@@ -202,3 +202,27 @@ def test_telemetry_of_the_hub_is_off(tmp_path, monkeypatch):
     with pytest.raises(ModelNotFound):
         resolve_model(None, models=tmp_path / "models")
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_proxy_that_does_not_answer_is_told_in_one_line(tmp_path, monkeypatch):
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, CLOSED)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    started = time.monotonic()
+    with pytest.raises(ModelNotFound, match="could not be fetched") as raised:
+        resolve_model(None, models=tmp_path / "models")
+    assert time.monotonic() - started < 20
+    assert "\n" not in str(raised.value)
+
+
+def test_the_newest_model_keeps_its_size_too(models):
+    with pytest.raises(DinosearchError, match=r"dogs works at 16 px"):
+        resolve_model(None, models=models, image_size=32)
+
+
+def test_the_weights_of_a_folder_are_its_model(models):
+    assert resolve_model("models/cats/weights.safetensors", models=models).name == "cats"
+    assert len(list(models.iterdir())) == 2

@@ -2,11 +2,14 @@
 
 import logging
 import os
-import socket
+import ssl
+import threading
 from collections.abc import Iterable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from dinosearch.errors import DinosearchError, ModelNotFound
 from dinosearch.vit.folder import (
@@ -36,14 +39,16 @@ def resolve_model(spec: str | None, *, models: Path, note: Note = quiet, image_s
     """
     if spec is None:
         found = list_models(models)
-        if found and image_size in (None, found[0].image_size):
+        if found:
             note(f"model: {found[0].path} (the newest in {models}/; --model chooses another)")
-            return found[0]
+            return _with_size(found[0], image_size)
         note(f"model: {DEFAULT_MODEL} (none of your own in {models}/; dinosearch train IMAGES makes one)")
         return _timm_model(DEFAULT_MODEL, models=models, image_size=image_size, note=note)
     if spec.startswith("timm:"):
         return _timm_model(spec, models=models, image_size=image_size, note=note)
     path = Path(spec)
+    if path.name == "weights.safetensors" and (path.parent / "model.json").is_file():
+        return _with_size(open_model(path.parent), image_size)  # already what an import would make
     if path.is_file():
         return _released_model(path, models=models, image_size=image_size, note=note)
     for folder in (models / spec, path):
@@ -126,13 +131,31 @@ def _prepare_hub() -> None:
     from huggingface_hub import constants
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return  # a name that only the proxy can resolve says nothing
-    hub = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
-    except OSError:
+    if not _answers(constants.ENDPOINT, within=5.0):
         constants.HF_HUB_OFFLINE = True  # what was fetched before is still found in the hub's own cache
+
+
+def _answers(url: str, *, within: float) -> bool:
+    """Whether anything answers at `url`, through the environment's proxy if there is one; `within` is in seconds.
+
+    In a thread, since neither the look-up of a name nor the trying of its addresses keeps to one timeout.
+    """
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urlopen(Request(url, method="HEAD"), timeout=within).close()
+        except HTTPError:
+            pass  # a refusal is an answer
+        except (OSError, HTTPException) as error:
+            if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # the hub's client trusts by other lists
+                return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(within)
+    return answered.is_set()
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:

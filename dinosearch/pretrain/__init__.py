@@ -1,0 +1,1 @@
+"""Teach a vision transformer from unlabelled images by self-distillation. Knows no index and no labels."""

@@ -1,0 +1,238 @@
+"""From the images and the machine to hyperparameters, each with its reason. Trains nothing.
+
+A recipe is a plain frozen dataclass: what is printed, recorded in `model.json` and checked by `--resume`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from dinosearch.errors import UsageError
+from dinosearch.pretrain.bank import Survey
+from dinosearch.pretrain.views import ViewSettings
+from dinosearch.vit.folder import ModelFacts, create_vit
+
+BASE_ARCH = "vit_tiny_patch16_224"
+"""timm's architecture whose width, depth and patch size are changed where its own do not suit the images."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run learns, apart from the images, the number of steps and the seed."""
+
+    arch: str
+    """timm's name of the vision transformer."""
+    arch_kwargs: dict[str, Any]
+    """Arguments of `timm.create_model` beside the name."""
+    image_size: int
+    """Side of the global crops, and later of indexed images, in pixels."""
+    patch_size: int
+    """Side of a patch in pixels."""
+    views: ViewSettings = field(default_factory=ViewSettings)
+    """The crops and their distortions."""
+    batch_size: int = 128
+    """Images per step; DINO works with small batches (table 9 of the paper)."""
+    out_dim: int = 1024
+    """Number of prototypes. Few images need few: 65,536 suit a million images, 1,024 some ten thousand."""
+    head_hidden_dim: int = 512
+    """Width of the projection head's hidden layers; 2,048 in the paper, for 384-dimensional features."""
+    head_bottleneck_dim: int = 128
+    """Width of the unit-length layer before the prototypes."""
+    lr: float = 1e-3
+    """Peak learning rate, after a linear warm-up and before a cosine decay."""
+    final_lr: float = 1e-6
+    """Learning rate at the end."""
+    warmup: float = 0.1
+    """Share of the run during which the learning rate rises."""
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    """At the start and at the end, along a cosine; matrices only."""
+    clip_grad: float = 3.0
+    """Largest norm of one parameter's gradient; 0 turns clipping off."""
+    teacher_momentum: float = 0.99
+    """Share of itself that the teacher keeps per step, at the start; it rises to 1 along a cosine."""
+    teacher_temperature: float = 0.04
+    """Sharper is safer: above 0.07 training tends to collapse."""
+    warmup_teacher_temperature: float = 0.04
+    """Teacher temperature at the start."""
+    temperature_warmup: float = 0.3
+    """Share of the run during which the teacher's temperature moves to its final value."""
+    student_temperature: float = 0.1
+    """Temperature of the student's softmax."""
+    center_momentum: float = 0.9
+    """Share of itself that the center keeps per step; 0.999 collapses (table 8 of the paper)."""
+    freeze_last_layer: float = 0.02
+    """Share of the run during which the prototypes stay as they are."""
+    koleo_weight: float = 0.1
+    """Weight of the KoLeo regulariser on the student's global class tokens; 0 is plain DINO."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the student; 0.1 in the paper, for runs of many epochs."""
+
+    def model_facts(self) -> ModelFacts:
+        """What the trained backbone's folder says of it: own models keep the whole short side of an image."""
+        return ModelFacts(
+            arch=self.arch,
+            arch_kwargs=self.arch_kwargs,
+            image_size=self.image_size,
+            mean=self.views.mean,
+            std=self.views.std,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One line of the table that is printed before training."""
+
+    name: str
+    value: str
+    why: str
+
+
+def recipe_from_facts(facts: Mapping[str, Any]) -> Recipe:
+    """The recipe that `Recipe.facts` wrote."""
+    known = {f.name: _as_tuple(facts[f.name]) for f in fields(Recipe) if f.name in facts}
+    known["views"] = ViewSettings(**{name: _as_tuple(value) for name, value in facts["views"].items()})
+    return Recipe(**known)
+
+
+class _Choices:
+    """Collects one value after another, the user's before ours, with the reason for each."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given = {name: value for name, value in given.items() if value is not None}
+        self.reasons: list[Reason] = []
+
+    def decide(self, name: str, value: Any, why: str) -> Any:
+        if name in self.given:
+            value, why = self.given[name], "as you asked"
+        self.reasons.append(Reason(name.replace("_", " "), str(value), why))
+        return value
+
+
+def plan_recipe(survey: Survey, *, accelerator: bool, overrides: Mapping[str, Any]) -> tuple[Recipe, list[Reason]]:
+    """The recipe for these images on this machine, and the reason for each choice.
+
+    overrides: what the user set, of arch, image_size, patch_size, local_crops, local_size, batch_size, out_dim and lr;
+    None leaves the choice here. accelerator: a GPU trains.
+    Raises UsageError when sizes do not go together.
+    """
+    choices = _Choices(overrides)
+    decide = choices.decide
+    side = min(survey.width, survey.height)
+    by_name = "arch" in choices.given
+    arch = decide("arch", BASE_ARCH, "timm's plain vision transformer, cut to size below")
+    native_size, native_patch = _native(arch) if by_name else (None, None)
+    image_size = decide("image_size", *(_image_size(side, accelerator) if native_size is None else (native_size, OWN)))
+    patch_size = decide("patch_size", *(_patch_size(image_size) if native_patch is None else (native_patch, OWN)))
+    _check_grid("--image-size", image_size, patch_size)
+    local_size = decide("local_size", _local_size(image_size, patch_size), "near 3/7 of the image size, as in DINO")
+    _check_grid("--local-size", local_size, patch_size)
+    n_local = decide(
+        "local_crops", *((8, "as in DINO") if accelerator else (4, "half of DINO's: a CPU sees more images"))
+    )
+    batch_size = decide("batch_size", *_batch_size(survey.n_images, accelerator))
+    if not 2 <= batch_size <= survey.n_images:
+        raise UsageError(
+            f"--batch-size {batch_size} does not go with {survey.n_images} images: choose 2 to {survey.n_images}"
+        )
+    out_dim = decide("out_dim", *_out_dim(survey.n_images))
+    lr = decide("lr", *(_paper_lr(batch_size) if by_name else _own_lr(batch_size)))
+    arch_kwargs: dict[str, Any] = {"img_size": image_size}
+    if patch_size != native_patch:
+        arch_kwargs["patch_size"] = patch_size
+    small = not by_name and not (accelerator and image_size >= 96)
+    if not by_name:
+        dim, depth = (128, 4) if small else (192, 12) if survey.n_images < FEW_IMAGES else (384, 12)
+        arch_kwargs |= {"embed_dim": dim, "depth": depth, "num_heads": dim // 32 if small else dim // 64}
+        why = "small squares and a processor's minutes" if small else "enough images and a GPU"
+        choices.reasons.append(Reason("width × depth", f"{dim} × {depth}", why))
+    recipe = Recipe(
+        arch=arch,
+        arch_kwargs=arch_kwargs,
+        image_size=image_size,
+        patch_size=patch_size,
+        views=ViewSettings(global_size=image_size, local_size=local_size, n_local=n_local),
+        batch_size=batch_size,
+        out_dim=out_dim,
+        lr=lr,
+    )
+    if not small:
+        recipe = replace(recipe, head_hidden_dim=2048, head_bottleneck_dim=256, drop_path_rate=0.1)
+    return recipe, choices.reasons
+
+
+OWN = "the architecture's own"
+FEW_IMAGES = 20_000
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _native(arch: str) -> tuple[int, int]:
+    """timm's image and patch size of an architecture."""
+    import torch
+
+    with torch.device("meta"):
+        patches: Any = create_vit(ModelFacts(arch=arch, arch_kwargs={}, image_size=0)).patch_embed
+    return int(patches.img_size[0]), int(patches.patch_size[0])
+
+
+def _image_size(side: int, accelerator: bool) -> tuple[int, str]:
+    """Never more pixels than the images have; fewer on a CPU, where time grows with their number."""
+    steps, largest = ((32, 64, 96, 128, 160, 224), 224) if accelerator else ((32, 64, 96, 128), 128)
+    if side <= 40:
+        size = max(8, side - side % 4)
+        return size, f"all of their {side} px"
+    size = max(size for size in steps if size <= max(side, 32))
+    return size, f"of their {side} px" if size < largest else "more would cost more time than it gives"
+
+
+def _patch_size(image_size: int) -> tuple[int, str]:
+    """Patches that cut small squares into 4×4 and larger ones into about 8×8, or 14×14 at 224 px."""
+    if image_size <= 40:
+        patch = image_size // 4
+    elif image_size <= 128:
+        patch = image_size // 8
+    else:
+        patch = 16
+    n = image_size // patch
+    return patch, f"{n}×{n} of them in a square"
+
+
+def _local_size(image_size: int, patch_size: int) -> int:
+    return max(1, round(image_size * 3 / 7 / patch_size)) * patch_size
+
+
+def _check_grid(option: str, size: int, patch_size: int) -> None:
+    if size < patch_size or size % patch_size:
+        nearest = max(1, round(size / patch_size)) * patch_size
+        raise UsageError(f"{size} px cannot be cut into patches of {patch_size} px. Try {option} {nearest}")
+
+
+def _batch_size(n_images: int, accelerator: bool) -> tuple[int, str]:
+    usual = 256 if accelerator else 128
+    if n_images >= usual:
+        return usual, "DINO works with small batches (table 9 of the paper)"
+    return n_images, "all the images there are"
+
+
+def _out_dim(n_images: int) -> tuple[int, str]:
+    for limit, out_dim in ((50_000, 1024), (200_000, 4096), (1_000_000, 16_384)):
+        if n_images < limit:
+            return out_dim, f"enough for {n_images} images, and cheap"
+    return 65_536, "as in DINO, for a million images or more"
+
+
+def _own_lr(batch_size: int) -> tuple[float, str]:
+    return SMALL_LR * batch_size / 128, f"{SMALL_LR:g} per 128 images, found best for small models"
+
+
+def _paper_lr(batch_size: int) -> tuple[float, str]:
+    return 5e-4 * batch_size / 256, "5e-4 per 256 images, as in DINO"
+
+
+SMALL_LR = 1e-3
