@@ -81,24 +81,32 @@ class Changes:
 def compare(
     changes: Changes, *, root: int, root_path: Path, scan: Scan, stored: Iterable[StoredFile], keys: DecoderKeys
 ) -> None:
-    """Add to `changes` what is to be done for one root."""
-    known = {file.path: file for file in stored}
-    changes.n_stored[root_path] = len(known)
+    """Add to `changes` what is to be done for one root.
+
+    Goes through the catalog's rows one by one and keeps none that are as they were: memory holds one list of names.
+    """
+    found = {image.path: image for image in scan.images}
+    hidden = tuple(f"{folder}/" for folder, _ in scan.unreadable_folders)
     gone = changes.gone.setdefault(root_path, [])
-    for found in scan.images:
-        before = known.pop(found.path, None)
-        if before is None or not _needs_no_reading(before, found, keys):
-            changes.wanted.append(Wanted(root, root_path, found, before))
+    wanted: list[Wanted] = []
+    n_stored = 0
+    for before in stored:
+        n_stored += 1
+        image = found.pop(before.path, None)
+        if image is None:
+            if not (hidden and before.path.startswith(hidden)):
+                gone.append(before)
+            elif before.status == OK and not before.embedded:
+                changes.n_out_of_reach += 1
+        elif not _needs_no_reading(before, image, keys):
+            wanted.append(Wanted(root, root_path, image, before))
         elif before.status == OK:
             changes.n_unchanged += 1
         else:
             changes.n_failed += 1
-    hidden = tuple(f"{folder}/" for folder, _ in scan.unreadable_folders)
-    for file in known.values():
-        if not (hidden and file.path.startswith(hidden)):
-            gone.append(file)
-        elif file.status == OK and not file.embedded:
-            changes.n_out_of_reach += 1
+    changes.n_stored[root_path] = n_stored
+    wanted += [Wanted(root, root_path, image, None) for image in found.values()]
+    changes.wanted += sorted(wanted, key=lambda each: os.fsencode(each.found.path))
 
 
 def _needs_no_reading(before: StoredFile, found: FoundImage, keys: DecoderKeys) -> bool:

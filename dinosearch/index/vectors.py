@@ -28,6 +28,7 @@ ALWAYS_HASHED = 32 << 20
 
 _SMALL = 20_000  # vectors: writing so few anew takes 0.1 s, so a small index has all its vectors in its FAISS file
 _NEW_SHARE = 0.02  # of the generation: reading more newer rows than this makes a cold query wait
+_BLOCK_VECTORS = 65536  # vectors compared at a time when recall is measured
 _BLOCK_SCORES = 16 << 20  # scores held at a time when newer rows are searched
 
 
@@ -231,13 +232,14 @@ def _recall(index: faiss.Index, vectors: np.ndarray) -> float:
     """Share of the 10 nearest vectors, found by brute force for up to 100 stored vectors, that the index finds too."""
     queries = vectors[np.linspace(0, len(vectors) - 1, min(100, len(vectors))).astype(np.int64)]
     k = min(10, len(vectors))
-    _, found = index.search(queries, k)
-    hits = 0
-    for query, positions in zip(queries, found, strict=True):
-        scores = vectors @ query
-        # Equal vectors are equally right, in whatever order they come.
-        hits += int((scores[positions] >= np.partition(scores, -k)[-k] - 1e-6).sum())
-    return hits / (k * len(queries))
+    best = np.empty((len(queries), 0), dtype=np.float32)
+    for start in range(0, len(vectors), _BLOCK_VECTORS):
+        scores = np.concatenate([best, queries @ vectors[start : start + _BLOCK_VECTORS].T], axis=1)
+        best = np.partition(scores, -k, axis=1)[:, -k:] if scores.shape[1] > k else scores
+    _, found = index.search(queries, k)  # [n_queries, k]
+    scores = np.einsum("qkd,qd->qk", vectors[found], queries)
+    # Equal vectors are equally right, in whatever order they come.
+    return float((scores >= best.min(axis=1, keepdims=True) - 1e-6).mean())
 
 
 def _checksum(path: Path) -> str:
