@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dinosearch.cli import index, models, probe, query, train
+from dinosearch.cli import demo, index, models, probe, query, train
 from dinosearch.cli.exits import Commands
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ index.add_to(app)
 query.add_to(app)
 probe.add_to(app)
 models.add_to(app)
+demo.add_to(app)
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def info(index: IndexOption = None, as_json: JsonOption = False) -> None:
     faiss = facts.pop("faiss") or {"type": "none yet"}
     facts["roots"] = ", ".join(facts["roots"])
     facts |= {f"faiss {key.replace('_', ' ')}": value for key, value in faiss.items()}
-    show.table(["", "value"], facts.items())
+    show.table(["", "value"], facts.items(), wide=["value"])
 
 
 def failures(index: IndexOption = None, as_json: JsonOption = False) -> None:
@@ -117,7 +117,7 @@ def failures(index: IndexOption = None, as_json: JsonOption = False) -> None:
         for path, status, reason in rows:
             show.json_line({"path": path, "status": status, "reason": reason})
     else:
-        show.table(["path", "status", "reason"], rows)
+        show.table(["path", "status", "reason"], rows, wide=["path", "reason"])
 
 
 def chosen_index(spec: str | None) -> Path:

@@ -40,14 +40,11 @@ def models(as_json: JsonOption = False) -> None:
         show.note(f"no model in {models_path()}/. Train one: dinosearch train IMAGES")
     show.table(
         ["model", "fingerprint", "arch", "px", "dim", "created", "metrics"],
-        [
-            (m.name, m.fingerprint, m.arch, m.image_size, m.dim, m.created[:16].replace("T", " "), _metrics(m.trained))
-            for m in found
-        ],
+        [(m.name, m.fingerprint, m.arch, m.image_size, m.dim, m.created[:10], _metrics(m.trained)) for m in found],
+        wide=["model", "arch", "metrics"],
     )
 
 
 def _metrics(trained: dict[str, Any]) -> str:
-    metrics = trained.get("metrics") or {}
-    numbers = {"steps": trained.get("steps"), **metrics}
+    numbers = {name: trained.get(name) for name in ("steps", "loss", "knn_top1")} | (trained.get("metrics") or {})
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, int | float))

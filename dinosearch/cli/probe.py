@@ -12,6 +12,9 @@ from dinosearch.cli.index import IndexOption, JsonOption, chosen_index
 if TYPE_CHECKING:
     from dinosearch.query.probe import ProbeReport
 
+MAX_ROWS = 40
+"""Classes in the table for people."""
+
 
 def add_to(app: typer.Typer) -> None:
     app.command()(probe)
@@ -49,12 +52,15 @@ def probe(
 
 
 def _print_report(report: "ProbeReport") -> None:
-    rows = [(row.label, row.n_train, row.n_test, _percent(row.knn), _percent(row.linear)) for row in report.per_class]
-    total = ("all", report.n_train, report.n_test, _percent(report.knn.top1), _percent(report.linear.top1))
-    show.table(
-        ["class", "train", "test", f"k-NN (k = {report.knn.k})", f"linear (C = {report.linear.c:g})"], [*rows, total]
-    )
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
+    hardest = sorted(report.per_class, key=lambda row: 2.0 if row.linear is None else row.linear)[:MAX_ROWS]
+    kept = {row.label for row in hardest}
+    if len(kept) < report.classes:
+        show.note(f"the {MAX_ROWS} hardest of {report.classes} classes; --json has all")
+    rows = [
+        (row.label, row.n_train, row.n_test, show.percent(row.knn), show.percent(row.linear))
+        for row in report.per_class
+        if row.label in kept
+    ]
+    total = ("all", report.n_train, report.n_test, show.percent(report.knn.top1), show.percent(report.linear.top1))
+    columns = ["class", "train", "test", f"k-NN (k = {report.knn.k})", f"linear (C = {report.linear.c:g})"]
+    show.table(columns, [*rows, total], wide=["class"])

@@ -67,7 +67,7 @@ def _print_answer(image: str, answer: "Answer", *, paths: bool, null: bool, as_j
             show.raw_path(match.path, end=b"\0" if null else b"\n")
     else:
         rows = [(match.rank, f"{match.score:.4f}", show.shown(match.path)) for match in answer.matches]
-        show.table(["rank", "score", "path"], rows, title=image if title else None)
+        show.table(["rank", "score", "path"], rows, wide=["path"], title=image if title else None)
 
 
 def _refuse_words(images: list[str]) -> None:

@@ -35,8 +35,13 @@ def raw_path(path: Path, *, end: bytes) -> None:
     sys.stdout.buffer.write(os.fsencode(shown(path)) + end)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
-    """A table on a terminal, tab-separated lines with a header in a pipe. Columns of numbers align right."""
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, wide: Sequence[str] = (), title: str | None = None
+) -> None:
+    """A table on a terminal, tab-separated lines with a header in a pipe. Columns of numbers align right.
+
+    The columns `wide` are folded, never cut, where the terminal is too narrow: what is printed can be opened.
+    """
     cells = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in [list(columns), *cells]:
@@ -50,8 +55,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     drawn = Table(box=SIMPLE_HEAD, pad_edge=False, title=title and Text(printable(title)), title_justify="left")
     for i, name in enumerate(columns):
         numeric = bool(cells) and all(_is_number(row[i]) for row in cells)
-        # Paths are folded, never cut: what is printed can be opened.
-        drawn.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        drawn.add_column(
+            name, justify="right" if numeric else "left", overflow="fold", no_wrap=bool(wide) and name not in wide
+        )
     for row in cells:
         drawn.add_row(*map(Text, row))
     Console().print(drawn)
@@ -81,6 +87,11 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def percent(share: float | None) -> str:
+    """0.981 → 98.1%"""
+    return "–" if share is None else f"{share:.1%}"
 
 
 def duration(seconds: float) -> str:
