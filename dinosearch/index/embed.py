@@ -114,6 +114,7 @@ class Embedding:
                     yield from self._encode(itertools.chain([(result, result.pixels)], self._pictures(results)))
                 self._save_if_due()
                 yield
+            assert not self._waiting
         finally:
             results.close()
             self._save()
@@ -178,8 +179,8 @@ class Embedding:
         with self._lock:
             self._catalog.put_vectors(contents, vectors, fingerprint=self._fingerprint)
             self.n_embedded += len(results)
-            for result in results:
-                self._finish(result, Content(OK, "", result.row.width, result.row.height))
+            rows = [self._finish(r, Content(OK, "", r.row.width, r.row.height)) for r in results]
+            self._catalog.put_files(itertools.chain.from_iterable(rows))
 
     def _settle(self, result: _Read) -> None:
         """Write a file whose content needs no vector, or let it wait for the copy that is under way."""
@@ -188,24 +189,24 @@ class Embedding:
             # The copy under way may have ended since the reader thread saw it.
             known = result.content or (self._known(content) if content and content not in self._under_way else None)
             if known:
-                self._finish(result, known)
+                self._catalog.put_files(self._finish(result, known))
             else:
                 self._waiting[content or ""].append(result)
 
-    def _finish(self, result: _Read, content: Content) -> None:
-        """Write a file and those that waited for its content; the lock is held."""
+    def _finish(self, result: _Read, content: Content) -> list[FileRow]:
+        """Rows to write, of a file and of those that waited for its content; the lock is held."""
         content_hash = result.row.content_hash
         results = [result, *(self._waiting.pop(content_hash, []) if content_hash else [])]
+        status, reason, width, height = content
+        tried = None if status in (OK, UNREADABLE) else self._keys.of(status)
         rows = []
         for each in results:
-            status, reason, width, height = content
-            tried = None if status in (OK, UNREADABLE) else self._keys.of(status)
             row = replace(each.row, status=status, reason=reason, width=width, height=height, decoders=tried)
             rows.append(row)
             self.outcomes[each.wanted.outcome(row)] += 1
-        self._catalog.put_files(rows)
         self._under_way.discard(content_hash or "")
         self._n_unsaved += len(rows)
+        return rows
 
     def _save_if_due(self) -> None:
         if self._n_unsaved >= SAVE_FILES or (self._n_unsaved and time.monotonic() - self._saved > SAVE_SECONDS):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,13 +83,14 @@ def sync_index(
     prune: bool = False,
     workers: int | None = None,
     note: Callable[[str], None] = lambda _: None,
-) -> Iterator[SyncProgress]:
+) -> Generator[SyncProgress, None, None]:
     """Make or update the index in `index_path` from folders; roots it has besides stay as they are.
 
     With another model than the index answers with, all its roots are embedded anew beside the old vectors, which
     answer until everything is there. `encoder_for` is called once something has to be embedded, never before.
     `allow_deletions` accepts that more than 20 % of a root's files are gone; `prune` forgets vectors that no file
-    needs. Raises DinosearchError when a root is missing, empty, half gone or inside another one, and IndexLocked.
+    needs. Close the generator (`contextlib.closing`) when leaving it early: that saves what was embedded.
+    Raises DinosearchError when a root is missing, empty, half gone or inside another one, and IndexLocked.
     """
     began = time.monotonic()
     workers = workers or n_cores()
