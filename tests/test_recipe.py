@@ -1,0 +1,84 @@
+"""What the recipe chooses for which images, and what it refuses."""
+
+import json
+
+import pytest
+
+from dinosearch.errors import DinosearchError, UsageError
+from dinosearch.pretrain.bank import Survey
+from dinosearch.pretrain.recipe import Recipe, plan_recipe, recipe_from_facts
+from dinosearch.vit.folder import create_vit
+
+
+def planned(width: int, height: int, n: int = 20_000, *, accelerator: bool = False, **overrides: object) -> Recipe:
+    survey = Survey(n_images=n, width=width, height=height, grey=False)
+    return plan_recipe(survey, accelerator=accelerator, overrides=overrides)[0]
+
+
+@pytest.mark.parametrize("side", [8, 16, 28, 32, 50, 96, 128, 300, 4000])
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("n", [2, 300, 20_000, 2_000_000])
+def test_every_choice_can_be_built(side: int, accelerator: bool, n: int) -> None:
+    recipe = planned(side, side + 7, n, accelerator=accelerator)
+    assert recipe.image_size % recipe.patch_size == 0
+    assert recipe.views.local_size % recipe.patch_size == 0
+    assert recipe.views.local_size < recipe.image_size
+    assert recipe.image_size <= max(side, 8)
+    assert recipe.batch_size <= n
+    import torch
+
+    with torch.device("meta"):
+        create_vit(recipe.model_facts())
+
+
+def test_small_images_are_not_enlarged() -> None:
+    recipe = planned(28, 28)
+    assert (recipe.image_size, recipe.patch_size) == (28, 7)
+    assert planned(28, 28, accelerator=True).image_size == 28
+
+
+def test_photographs_get_the_full_square_on_a_gpu_only() -> None:
+    assert planned(500, 375, accelerator=True).image_size == 224
+    assert planned(500, 375).image_size < 224
+
+
+def test_a_named_architecture_keeps_its_own_size_and_patches() -> None:
+    recipe = planned(500, 375, arch="vit_small_patch16_224")
+    assert (recipe.image_size, recipe.patch_size) == (224, 16)
+    assert recipe.views.local_size == 96
+    assert recipe.arch_kwargs == {"img_size": 224}
+
+
+def test_overrides_win_and_say_so() -> None:
+    survey = Survey(n_images=500, width=64, height=64, grey=False)
+    asked = {"image_size": 48, "patch_size": 12, "batch_size": 50, "lr": 0.002, "out_dim": 77, "local_crops": 3}
+    recipe, reasons = plan_recipe(survey, accelerator=False, overrides=asked | {"local_size": 24})
+    assert (recipe.image_size, recipe.patch_size, recipe.batch_size) == (48, 12, 50)
+    assert (recipe.lr, recipe.out_dim, recipe.views.n_local, recipe.views.local_size) == (0.002, 77, 3, 24)
+    assert {r.name for r in reasons if r.why == "as you asked"} == {name.replace("_", " ") for name in asked} | {
+        "local size"
+    }
+    assert all(reason.why for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        ({"image_size": 50, "patch_size": 16}, "Try --image-size 48"),
+        ({"image_size": 64, "patch_size": 16, "local_size": 20}, "Try --local-size 16"),
+        ({"batch_size": 501}, "choose 2 to 500"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_advice(overrides: dict[str, int], advice: str) -> None:
+    with pytest.raises(UsageError, match=advice):
+        planned(64, 64, 500, **overrides)
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(DinosearchError, match="no architecture"):
+        planned(64, 64, arch="vit_enormous")
+
+
+def test_a_recipe_survives_json() -> None:
+    recipe = planned(64, 48, 3000)
+    assert recipe_from_facts(json.loads(json.dumps(recipe.facts()))) == recipe

@@ -1,0 +1,204 @@
+"""Whole runs on a few small images: what they learn from, leave behind, refuse, and how they go on."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import dinosearch.pretrain.train as train_module
+from dinosearch.errors import DinosearchError, Interrupted, UsageError
+from dinosearch.pretrain.train import Progress, TrainConfig, TrainReport, batch_indices, train
+from dinosearch.vit.folder import list_models, open_model
+
+QUICK: dict[str, Any] = {"image_size": 16, "patch_size": 4, "batch_size": 8, "out_dim": 32, "local_crops": 2}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 digits of 8×8, enlarged to 20×20."""
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("train") / "digits"
+    folder.mkdir()
+    for i, digit in enumerate(load_digits().images[:20]):
+        Image.fromarray((digit * 15.9).astype(np.uint8)).resize((20, 20)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def run(images: Path, models: Path, **settings: Any) -> tuple[TrainReport, list[Progress]]:
+    overrides = QUICK | settings.pop("overrides", {})
+    stop = settings.pop("stop", lambda: False)
+    note = settings.pop("note", lambda _: None)
+    config = TrainConfig(images=(images,), models=models, device="cpu", overrides=overrides, **settings)
+    items = list(train(config, note=note, stop=stop))
+    assert items[-1].report is not None
+    return items[-1].report, items
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "weights.safetensors")
+
+
+def test_a_run_leaves_a_model_that_says_how_it_was_made(images: Path, tmp_path: Path) -> None:
+    report, items = run(images, tmp_path, steps=6)
+    model = open_model(tmp_path / "digits")
+    model.verify()
+    assert (report.model, report.fingerprint) == (str(model.path), model.fingerprint)
+    assert (report.steps, report.images, report.resumed_from_step, report.knn_top1) == (6, 20, None, None)
+    assert report.epochs == pytest.approx(6 * 8 / 20)
+    assert report.images_per_second is not None
+    assert report.images_per_second > 0
+    assert set(report.health) >= {"teacher_entropy", "feature_std", "rank"}
+    assert model.trained["steps"] == 6
+    assert model.trained["recipe"]["batch_size"] == 8
+    assert {item.phase for item in items} >= {"reading", "done"}
+    lines = [json.loads(line) for line in (model.path / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 6
+    assert lines[-1]["loss"] == pytest.approx(report.loss)
+    assert model.load_vit()(torch.zeros(1, 3, 16, 16)).shape == (1, model.dim)
+
+
+def test_training_teaches_the_teacher_to_tell_images_apart(images: Path, tmp_path: Path) -> None:
+    untrained, _ = run(images, tmp_path, name="start", steps=0)
+    assert (untrained.steps, untrained.loss) == (0, None)
+    report, _ = run(images, tmp_path, name="end", steps=150, overrides={"lr": 1e-3})
+    assert report.fingerprint != untrained.fingerprint
+    first = json.loads((tmp_path / "end" / "training" / "metrics.jsonl").read_text().splitlines()[0])
+    assert report.health["teacher_kl"] > 0.5 > 2 * first["teacher_kl"]
+    assert report.loss is not None
+    assert report.loss < 0.9 * math.log(QUICK["out_dim"])
+
+
+def test_equal_seeds_give_equal_models_and_others_do_not(images: Path, tmp_path: Path) -> None:
+    first, _ = run(images, tmp_path, name="a", steps=5, seed=3)
+    second, _ = run(images, tmp_path, name="b", steps=5, seed=3)
+    third, _ = run(images, tmp_path, name="c", steps=5, seed=4)
+    assert first.fingerprint == second.fingerprint != third.fingerprint
+    assert first.loss == second.loss
+
+
+def test_a_stopped_run_resumes_to_the_same_tensors_bit_for_bit(images: Path, tmp_path: Path) -> None:
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 7
+
+    drop = {"overrides": {"arch": "vit_tiny_patch16_224"}}  # with stochastic depth
+    whole, _ = run(images, tmp_path, name="whole", steps=12, **drop)
+    half, _ = run(images, tmp_path, name="half", steps=12, stop=stop, **drop)
+    assert half.stopped
+    assert half.steps < 12
+    resumed, _ = run(images, tmp_path, name="half", resume=True, **drop)
+    assert (resumed.steps, resumed.resumed_from_step) == (12, half.steps)
+    assert not resumed.stopped
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "half")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert resumed.fingerprint == whole.fingerprint
+    kept = [load_file(tmp_path / name / "training" / "checkpoint.safetensors") for name in ("whole", "half")]
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+
+
+def test_a_finished_run_is_not_trained_again(images: Path, tmp_path: Path) -> None:
+    first, _ = run(images, tmp_path, name="a", steps=4)
+    again, items = run(images, tmp_path, name="a", resume=True)
+    assert again == first
+    assert len(items) == 1
+
+
+def test_resume_refuses_other_settings_and_other_images(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path, name="a", steps=4)
+    with pytest.raises(UsageError, match=r"begun with --steps 4, not 5"):
+        run(images, tmp_path, name="a", steps=5, resume=True)
+    with pytest.raises(UsageError, match=r"begun with --batch-size 8, not 10"):
+        run(images, tmp_path, name="a", resume=True, overrides={"batch_size": 10})
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    for path in sorted(images.iterdir())[:12]:
+        (fewer / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(DinosearchError, match="the images are not those"):
+        run(fewer, tmp_path, name="a", resume=True)
+
+
+def test_resume_without_a_checkpoint_starts_over_and_says_so(images: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    report, _ = run(images, tmp_path, name="new", steps=3, resume=True, note=said.append)
+    assert report.steps == 3
+    assert any("starting over" in line for line in said)
+
+
+def test_names_are_numbered_and_never_taken(images: Path, tmp_path: Path) -> None:
+    for expected in ("digits", "digits-2", "digits-3"):
+        report, _ = run(images, tmp_path, steps=0)
+        assert Path(report.model).name == expected
+    before = weights(tmp_path / "digits")
+    with pytest.raises(UsageError, match="exists"):
+        run(images, tmp_path, name="digits", steps=3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "digits").items())
+    report, _ = run(images, tmp_path, name="digits", steps=3, overwrite=True)
+    assert report.steps == 3
+    assert len(list_models(tmp_path)) == 3
+
+
+def test_a_time_budget_ends_in_time_with_a_finished_schedule(images: Path, tmp_path: Path) -> None:
+    report, items = run(images, tmp_path, minutes=0.1)
+    assert report.steps > 3
+    assert items[-1].done == items[-1].total == report.steps
+    lines = (tmp_path / "digits" / "training" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["lr"] < 0.2 * 1e-3
+
+
+def test_a_loss_that_is_no_number_never_reaches_the_weights(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(DinosearchError, match=r"lower --lr"):
+        run(images, tmp_path, name="a", steps=60, overrides={"lr": 1e30})
+    assert not (tmp_path / "a" / "weights.safetensors").exists()
+
+
+def test_stopping_before_the_first_step_leaves_nothing(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(images, tmp_path, name="a", steps=5, stop=lambda: True)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": -1}, {"minutes": 0.0}, {"steps": 3, "epochs": 1.0}, {"name": "a/b"}, {"name": ".a"}]
+)
+def test_settings_that_make_no_sense_are_refused(images: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        run(images, tmp_path, **wrong)
+
+
+def test_an_empty_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DinosearchError, match="no images"):
+        run(tmp_path / "none", tmp_path / "models", steps=1)
+
+
+def test_every_epoch_shows_every_image_once_in_another_order() -> None:
+    first = np.concatenate([batch_indices(step, n=30, batch_size=10, seed=1) for step in range(3)])
+    second = np.concatenate([batch_indices(step, n=30, batch_size=10, seed=1) for step in range(3, 6)])
+    assert sorted(first) == sorted(second) == list(range(30))
+    assert list(first) != list(second)
+
+
+def test_the_default_length_is_epochs_or_minutes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "LEAST_STEPS", 7)
+    monkeypatch.setattr(train_module, "DEFAULT_EPOCHS", 2)
+    report, _ = run(images, tmp_path)
+    assert report.steps == 7
