@@ -43,7 +43,7 @@ def converted_path(model: ModelFolder, *, note: Note) -> Path:
     """The folder of the converted form (`vit.xml`, `vit.bin`), made if need be.
 
     It appears whole or not at all, under the model's fingerprint. Where the model's folder cannot be written, it is
-    kept in a folder of this user's among the system's temporary ones. Raises ModelMismatch if the weights were replaced.
+    kept in a folder of this user's among the system's temporary ones. Raises ModelMismatch if the weights are others.
     """
     wanted = model.cache_path / f"openvino-{model.fingerprint}"
     if _is_whole(wanted):

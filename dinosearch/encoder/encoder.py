@@ -86,8 +86,11 @@ def open_encoder(
     if kind == "auto":
         device = kind = _best_device(planned_images)
     if kind == "cpu":
+        from dinosearch.encoder.conversion import import_openvino
+        from dinosearch.encoder.openvino_engine import OpenVINOEngine
+
         try:
-            from dinosearch.encoder.openvino_engine import OpenVINOEngine
+            import_openvino()
         except ImportError as error:
             note(f"OpenVINO cannot be imported ({error}); using torch, which is slower to start and to run")
             device = "torch-cpu"

@@ -5,6 +5,7 @@ OpenVINO's own cache of compiled models, which is therefore kept beside it. Part
 batch runs as fast as a fixed one.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,7 @@ MOST_PER_BATCH = 64
 
 
 class OpenVINOEngine:
-    """Vectors of whole batches, several requests at once. `few` images: all cores on one request, for latency.
-
-    Raises ImportError where OpenVINO cannot be imported.
-    """
+    """Vectors of whole batches, several requests at once. `few` images: all cores on one request, for latency."""
 
     def __init__(self, model: ModelFolder, *, few: bool, note: Note) -> None:
         openvino = import_openvino()
@@ -73,8 +71,24 @@ class OpenVINOEngine:
 
 
 def _compile(core: Any, path: Path, settings: dict[str, Any]) -> Any:
-    cache = {"CACHE_DIR": str(path)} if os.access(path, os.W_OK) else {}
-    return core.compile_model(str(path / "vit.xml"), "CPU", settings | cache)
+    """The compiled model, through OpenVINO's cache where `path` can be written: a blob for this chip and version.
+
+    OpenVINO notices a shortened blob but not one whose pages a power cut left empty, so a new one is flushed at once;
+    those of other chips or versions make room for it.
+    """
+    xml = str(path / "vit.xml")
+    if not os.access(path, os.W_OK):
+        return core.compile_model(xml, "CPU", settings)
+    before = set(path.glob("*.blob"))
+    compiled = core.compile_model(xml, "CPU", settings | {"CACHE_DIR": str(path)})
+    added = set(path.glob("*.blob")) - before
+    for blob in added:
+        with blob.open("rb") as file:
+            os.fsync(file.fileno())
+    for blob in before if added else ():
+        with contextlib.suppress(OSError):  # another process may be reading it, which some systems mind
+            blob.unlink()
+    return compiled
 
 
 def _last_line(error: BaseException) -> str:
