@@ -215,6 +215,7 @@ def test_a_truncated_progressive_jpeg_is_truncated(photos):
     assert status_of(data[: len(data) // 2]) == "truncated"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on broken tags
 def test_random_damage_never_escapes_as_another_exception(photos):
     random = np.random.default_rng(0)
     small = photos[0].resize((64, 48))
@@ -257,6 +258,7 @@ def test_heic_without_its_plugin_says_what_to_install():
     assert caught.value.status == "unsupported"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_broken_exif_does_not_cost_the_picture(photos):
     for exif in (b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage", exif_of(77).tobytes()):
         assert decode(encoded(photos[0], "JPEG", exif=exif), FIT).width == 640
