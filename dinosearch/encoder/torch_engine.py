@@ -4,13 +4,12 @@ On the processor ("torch-cpu") it runs in float32: the reference that other engi
 where OpenVINO cannot be imported.
 """
 
-import os
-import shutil
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from dinosearch.images import compiler_present
 from dinosearch.vit.folder import ModelFolder, Note
 
 COMPILE_FROM = 1_000_000
@@ -55,7 +54,7 @@ class TorchEngine:
         if on_gpu:
             words[0] += f" ({torch.cuda.get_device_name(self._device)})"
         if on_gpu and planned_images is not None and planned_images >= COMPILE_FROM:
-            if _compiler_present():
+            if compiler_present():
                 note("compiling the model, once per run (about 40 s)")
                 self._embed = torch.compile(embed)
                 words.append("compiled")
@@ -93,7 +92,3 @@ def is_present(device: str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count()
     return kind != "mps" or torch.backends.mps.is_available()
-
-
-def _compiler_present() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++", "cl"))

@@ -11,7 +11,7 @@ from dinosearch.images.decode import (
     pixel_budget,
 )
 from dinosearch.images.find import FoundImage, Scan, find_images
-from dinosearch.images.machine import memory_bytes, n_cores
+from dinosearch.images.machine import compiler_present, memory_bytes, n_cores
 from dinosearch.images.read import in_threads, read_bytes
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "FoundImage",
     "Picture",
     "Scan",
+    "compiler_present",
     "content_hash",
     "decode",
     "decode_rgb",

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import shutil
 from pathlib import Path
 
 UNKNOWN_MEMORY = 4 * 2**30
@@ -68,3 +69,8 @@ def _cgroup_files(controller: str, name: str) -> list[str]:
         except OSError:
             continue
     return found
+
+
+def compiler_present() -> bool:
+    """Whether there is a C++ compiler, which torch.compile needs."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++", "cl"))

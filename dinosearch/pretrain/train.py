@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from dinosearch.errors import DinosearchError, Interrupted, UsageError
-from dinosearch.images import find_images
+from dinosearch.images import compiler_present, find_images, n_cores
 from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
 from dinosearch.pretrain.checkpoint import read_facts
 from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts
@@ -28,12 +28,17 @@ from dinosearch.pretrain.run import Run
 from dinosearch.vit.folder import ModelFolder, Note, free_name, quiet, remove_model
 
 DEFAULT_EPOCHS = 100
-DEFAULT_MINUTES = {"cpu": 10.0, "cuda": 60.0, "mps": 30.0}
+DEFAULT_MINUTES = {"cpu": 5.0, "cuda": 60.0, "mps": 30.0}
 """A run without --steps, --epochs or --minutes ends after these epochs or minutes, whichever come first."""
 LEAST_STEPS = 200
 """By default even a handful of images is trained on for this many steps."""
 UNTIMED_STEPS = 3
 """Allocation and compilation make the first steps slow; rates are taken from the end of the third."""
+COMPILE_FROM_STEPS = 2_000
+COMPILE_FROM_MINUTES = 10.0
+"""torch.compile takes a minute or two; shorter runs on a GPU go without."""
+UNBOUNDED = 2**62
+"""Steps of a run that only its deadline ends."""
 LOOK_EVERY = 50
 """Steps between entries of metrics.jsonl, and looks at the teacher's health."""
 BANK_MARGIN = 8 / 7
@@ -122,6 +127,7 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
     """
     began = time.monotonic()
     device = choose_device(config.device)
+    torch.set_num_threads(min(torch.get_num_threads(), n_cores()))  # a container's quota, not the host's cores
     _check(config)
     paths = _find(config.images)
     folder = _folder_for(config)
@@ -165,10 +171,16 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
         raise UsageError(f"only {len(bank)} images can be read: choose --batch-size {len(bank)} or less")
     steps_per_epoch = len(bank) // recipe.batch_size
     if kept is None:
-        plan = _plan(config, steps_per_epoch=steps_per_epoch, device=device, began=began)
+        plan = _plan(config, steps_per_epoch=steps_per_epoch, device=device, began=began, note=note)
     else:
         run.restore(folder / "training")
         plan = Plan(total_steps=kept["total_steps"], deadline=None)
+    if device.type == "cuda" and _repays_compiling(plan):
+        if compiler_present():
+            note("compiling the model, once per run (a minute or two)")
+            run.compile()
+        else:
+            note("no C++ compiler found, so the model is not compiled and trains slower")
     course = Course(
         run,
         bank,
@@ -217,6 +229,8 @@ class Plan:
     total_steps: int
     deadline: float | None
     """In time.monotonic() seconds; None when the number of steps is fixed."""
+    most_steps: int = UNBOUNDED
+    """With a deadline: end after this many steps all the same."""
 
     def adapt(self, step: int, *, seconds_per_step: float) -> None:
         """Plan anew how many steps fit, unless that is settled or the end is so near that schedules would jump."""
@@ -224,9 +238,6 @@ class Plan:
             return
         left = max(0.0, self.deadline - time.monotonic())
         self.total_steps = min(self.most_steps, max(step + 1, step + int(left / seconds_per_step)))
-
-    most_steps: int = 2**62
-    """With a deadline: end after this many steps all the same."""
 
 
 class Course:
@@ -369,15 +380,22 @@ def _epoch_order(epoch: int, n: int, seed: int) -> np.ndarray:
     return _ORDER[key]
 
 
-def _plan(config: TrainConfig, *, steps_per_epoch: int, device: torch.device, began: float) -> Plan:
+def _plan(config: TrainConfig, *, steps_per_epoch: int, device: torch.device, began: float, note: Note) -> Plan:
     if config.steps is not None:
         return Plan(config.steps, None)
     if config.epochs is not None:
         return Plan(max(1, round(config.epochs * steps_per_epoch)), None)
     if config.minutes is not None:
-        return Plan(2**62, began + 60 * config.minutes)
-    steps = max(LEAST_STEPS, DEFAULT_EPOCHS * steps_per_epoch)
-    return Plan(steps, began + 60 * DEFAULT_MINUTES[device.type], most_steps=steps)
+        return Plan(UNBOUNDED, began + 60 * config.minutes)
+    steps, minutes = max(LEAST_STEPS, DEFAULT_EPOCHS * steps_per_epoch), DEFAULT_MINUTES[device.type]
+    note(f"length: {minutes:g} minutes, or {steps} steps if they take less (--minutes, --steps or --epochs choose)")
+    return Plan(steps, began + 60 * minutes, most_steps=steps)
+
+
+def _repays_compiling(plan: Plan) -> bool:
+    if plan.deadline is None:
+        return plan.total_steps >= COMPILE_FROM_STEPS
+    return (plan.deadline - time.monotonic()) / 60 >= COMPILE_FROM_MINUTES
 
 
 def _check(config: TrainConfig) -> None:

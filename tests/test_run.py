@@ -1,0 +1,100 @@
+"""One training step: what moves, by how much, and what stays."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dinosearch.pretrain.recipe import Recipe
+from dinosearch.pretrain.run import Run
+from dinosearch.pretrain.views import ViewSettings
+
+CPU = torch.device("cpu")
+TINY = Recipe(
+    arch="vit_tiny_patch16_224",
+    arch_kwargs={"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    image_size=16,
+    patch_size=4,
+    views=ViewSettings(global_size=16, local_size=8, n_local=2),
+    batch_size=8,
+    out_dim=64,
+    head_hidden_dim=32,
+    head_bottleneck_dim=16,
+    lr=1e-2,
+    warmup=0.0,
+)
+
+
+def batch(n: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 3, 16, 16), dtype=np.uint8)
+    return pixels, np.ones(n, dtype=np.float32)
+
+
+def copies(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def test_the_teacher_moves_by_its_momentum_towards_the_stepped_student() -> None:
+    run = Run(replace(TINY, teacher_momentum=0.75), seed=0, device=CPU)
+    before = copies(run.teacher)
+    run.step(*batch(), step=0, done=0.0)
+    student = copies(run.student)
+    for name, after in copies(run.teacher).items():
+        torch.testing.assert_close(after, 0.75 * before[name] + 0.25 * student[name], atol=1e-6, rtol=1e-5)
+
+
+def test_the_prototypes_stay_while_they_are_frozen() -> None:
+    run = Run(TINY, seed=0, device=CPU)
+    before = run.student.head.prototypes.weight_v.detach().clone()
+    run.step(*batch(), step=0, done=0.0)
+    assert torch.equal(run.student.head.prototypes.weight_v, before)
+    run.step(*batch(), step=1, done=0.5)
+    assert not torch.equal(run.student.head.prototypes.weight_v, before)
+
+
+def test_weight_decay_follows_its_schedule_and_spares_vectors() -> None:
+    run = Run(TINY, seed=0, device=CPU)
+    decayed, spared = run.optimizer.param_groups
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim <= 1 for p in spared["params"])
+    run.step(*batch(), step=0, done=0.0)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (pytest.approx(0.04), 0.0)
+    run.step(*batch(), step=1, done=0.5)
+    assert decayed["weight_decay"] == pytest.approx(0.22)
+    assert decayed["lr"] == spared["lr"] == pytest.approx((1e-2 + 1e-6) / 2)
+
+
+def test_every_gradient_is_clipped_by_itself() -> None:
+    run = Run(replace(TINY, clip_grad=0.5), seed=0, device=CPU)
+    parameters = [p for p in run.student.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    expected = []
+    for i, parameter in enumerate(parameters):
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * (1e-4 if i % 2 else 10.0)
+        expected.append(parameter.grad * min(1.0, 0.5 / (parameter.grad.norm().item() + 1e-6)))
+    run._clip()
+    for parameter, wanted in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_koleo_changes_what_is_learnt_and_zero_is_plain_dino() -> None:
+    students = []
+    for weight in (0.0, 0.0, 0.5):
+        run = Run(replace(TINY, koleo_weight=weight), seed=0, device=CPU)
+        loss = run.step(*batch(), step=0, done=0.0).loss
+        students.append((loss, run.student.backbone.state_dict()["norm.weight"].clone()))
+    assert torch.equal(students[0][1], students[1][1])
+    assert not torch.equal(students[0][1], students[2][1])
+    assert students[0][0] == students[2][0]  # what is reported is DINO's loss alone
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_eager_step() -> None:
+    losses = []
+    for compiled in (False, True):
+        run = Run(TINY, seed=0, device=CPU)
+        if compiled:
+            run.compile()
+        losses.append([run.step(*batch(), step=i, done=i / 4).loss.item() for i in range(4)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
