@@ -252,7 +252,7 @@ def _register_heif() -> str:
 def _draft(image: ImageFile.ImageFile, fit: Fit) -> tuple[float, float] | None:
     """Ask the JPEG decoder for a smaller image; its size in fractional pixels, or None if it stays as it is.
 
-    Measured at 224 px: photos of 2 to 11 megapixels take a half to a third of the time; pixels differ by 0.4 grey levels
+    Measured at 224 px: photos of 2 to 11 megapixels take a half to a third of the time; pixels differ by 0.4 levels
     on average and vectors by a cosine of 0.9999. A gap of 1 would be little faster and three times less exact.
     """
     width, height = image.size
