@@ -266,3 +266,21 @@ def test_reading_facts_imports_no_torch(tmp_path, vit):
         "assert not {'torch', 'timm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unreadable_model_does_not_hide_the_others(tmp_path: Path) -> None:
+    facts = ModelFacts(
+        arch="vit_tiny_patch16_224",
+        arch_kwargs={"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+        image_size=16,
+    )
+    good = save_model(tmp_path / "good", create_vit(facts), facts, trained={})
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "model.json").write_text("{")
+    said: list[str] = []
+    assert [model.name for model in list_models(tmp_path, note=said.append)] == ["good"]
+    assert len(said) == 1
+    assert "bad" in said[0]
+    found = find_by_fingerprint(good.fingerprint, models=tmp_path)
+    assert found is not None
+    assert found.name == "good"

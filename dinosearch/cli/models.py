@@ -21,7 +21,7 @@ def models(as_json: JsonOption = False) -> None:
     """
     from dinosearch.vit.folder import list_models, models_path
 
-    found = list_models(models_path())
+    found = list_models(models_path(), note=show.note)
     if as_json:
         for model in found:
             show.json_line(

@@ -16,7 +16,7 @@ from dinosearch.pretrain.health import Health, look
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.schedules import cosine, linear_then_constant
 from dinosearch.pretrain.views import multi_crop
-from dinosearch.vit.folder import ModelFacts, ModelFolder, create_vit, save_model
+from dinosearch.vit.folder import ModelFacts, ModelFolder, create_vit, n_features, save_model
 
 FUSED_ATTENTION_TOKENS = 64
 """On a CPU, plain matrix products beat torch's fused attention on shorter sequences; its backward is slow there."""
@@ -32,7 +32,7 @@ class Net(nn.Module):
         flexible = replace(facts, arch_kwargs=facts.arch_kwargs | {"dynamic_img_size": True})
         self.backbone = create_vit(flexible, drop_path_rate=drop_path_rate)
         self.head = DINOHead(
-            int(self.backbone.num_features),  # type: ignore[arg-type]
+            n_features(self.backbone),
             recipe.out_dim,
             hidden_dim=recipe.head_hidden_dim,
             bottleneck_dim=recipe.head_bottleneck_dim,

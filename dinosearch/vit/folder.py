@@ -23,8 +23,18 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
+LARGEST_DEFAULT_SIZE = 256
+"""Released weights made for larger squares (518 for DINOv2) are used at about 224 px unless told otherwise."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+Note = Callable[[str], None]
+"""Takes one line for the person at the terminal: what was chosen by default, or what takes long."""
+
+
+def quiet(_line: str) -> None:
+    """The Note that tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,12 @@ def create_vit(facts: ModelFacts, *, drop_path_rate: float = 0.0) -> "torch.nn.M
     return vit
 
 
+def n_features(vit: "torch.nn.Module") -> int:
+    """Length of a timm backbone's vectors."""
+    width: Any = vit.num_features
+    return int(width)
+
+
 def save_model(
     path: Path, vit: "torch.nn.Module", facts: ModelFacts, *, trained: Mapping[str, Any], created: str | None = None
 ) -> ModelFolder:
@@ -160,20 +176,17 @@ def save_model(
     path.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().float().contiguous().cpu() for name, tensor in vit.state_dict().items()}
     weights = save(state, metadata={"format": "pt"})
-    with tempfile.NamedTemporaryFile(dir=path, prefix=".weights-", delete=False) as aside:
-        aside.write(weights)
-    fingerprint = fingerprint_of(Path(aside.name), facts)
     if created is None:
-        known = path / "model.json"
-        created = json.loads(known.read_text())["created"] if known.is_file() else now()
+        created = open_model(path).created if (path / "model.json").is_file() else now()
+    write_whole(path / "weights.safetensors", weights)
+    fingerprint = fingerprint_of(path / "weights.safetensors", facts)
     facts_json = asdict(facts) | {
         "format": FORMAT,
-        "dim": int(vit.num_features),  # type: ignore[arg-type]
+        "dim": n_features(vit),
         "fingerprint": fingerprint,
         "created": created,
         "trained": dict(trained),
     }
-    publish(Path(aside.name), path / "weights.safetensors")
     write_whole(path / "model.json", json.dumps(facts_json, indent=2, allow_nan=False).encode() + b"\n")
     return open_model(path)
 
@@ -205,11 +218,18 @@ def open_model(path: Path) -> ModelFolder:
     return ModelFolder(path=path, **values)
 
 
-def list_models(models: Path) -> list[ModelFolder]:
-    """Every model in the folder `models`, newest first by the `created` time in its JSON."""
-    if not models.is_dir():
-        return []
-    found = [open_model(path) for path in sorted(models.iterdir()) if (path / "model.json").is_file()]
+def list_models(models: Path, *, note: Note = quiet) -> list[ModelFolder]:
+    """Every model in the folder `models`, newest first by the `created` time in its JSON.
+
+    One that cannot be read is told to `note` and left out: it must not stand in the way of the others.
+    """
+    found = []
+    for path in sorted(models.iterdir()) if models.is_dir() else ():
+        if (path / "model.json").is_file():
+            try:
+                found.append(open_model(path))
+            except DinosearchError as error:
+                note(f"left out: {error}")
     return sorted(found, key=lambda model: model.created, reverse=True)
 
 
@@ -238,9 +258,12 @@ def fingerprint_of(weights_path: Path, facts: ModelFacts) -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Replace a file in one step: a reader, or a power cut, sees the old bytes or the new."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as aside:
-        aside.write(data)
-    publish(Path(aside.name), path)
+    aside = Path(tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")[1])
+    try:
+        aside.write_bytes(data)
+        publish(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)  # still there only if writing failed, on a full disk say
 
 
 def publish(aside: Path, path: Path) -> None:
@@ -282,11 +305,3 @@ def now() -> str:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-Note = Callable[[str], None]
-"""Takes one line for the person at the terminal: what was chosen by default, or what takes long."""
-
-
-def quiet(_line: str) -> None:
-    """The Note that tells nobody."""

@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinosearch.errors import DinosearchError
-from dinosearch.vit.folder import ModelFacts, create_vit, first_line, open_model
+from dinosearch.vit.folder import LARGEST_DEFAULT_SIZE, ModelFacts, create_vit, first_line, open_model
 
 if TYPE_CHECKING:
     import torch
-
-LARGEST_DEFAULT_SIZE = 256
-"""Weights made for larger squares (518 for DINOv2) are used at about 224 px unless told otherwise."""
 
 _PATCHES = "patch_embed.proj.weight"
 _TREES = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model", "student")

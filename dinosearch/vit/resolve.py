@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 
 from dinosearch.errors import DinosearchError, ModelNotFound
 from dinosearch.vit.folder import (
+    LARGEST_DEFAULT_SIZE,
     ModelFacts,
     ModelFolder,
     Note,
@@ -25,8 +26,6 @@ from dinosearch.vit.folder import (
 )
 
 DEFAULT_MODEL = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
-LARGEST_DEFAULT_SIZE = 256
-"""Released weights made for larger squares (518 for DINOv2) are used at 224 px unless --image-size says otherwise."""
 
 
 def resolve_model(spec: str | None, *, models: Path, note: Note = quiet, image_size: int | None = None) -> ModelFolder:
@@ -38,7 +37,7 @@ def resolve_model(spec: str | None, *, models: Path, note: Note = quiet, image_s
     Raises ModelNotFound, or DinosearchError with what to do.
     """
     if spec is None:
-        found = list_models(models)
+        found = list_models(models, note=note)
         if found:
             note(f"model: {found[0].path} (the newest in {models}/; --model chooses another)")
             return _with_size(found[0], image_size)
