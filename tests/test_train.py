@@ -1,6 +1,7 @@
 """Whole runs on a few small images: what they learn from, leave behind, refuse, and how they go on."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,25 @@ def test_a_time_budget_ends_in_time_with_a_finished_schedule(images: Path, tmp_p
     assert items[-1].done == items[-1].total == report.steps
     lines = (tmp_path / "digits" / "training" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["lr"] < 0.2 * 1e-3
+
+
+def test_a_time_budget_stopped_at_once_resumes_to_an_end(images: Path, tmp_path: Path) -> None:
+    asked = iter([False, False, True])  # before reading ends, before the first step, after it
+    half, _ = run(images, tmp_path, name="a", minutes=0.05, stop=lambda: next(asked))
+    assert (half.stopped, half.steps) == (True, 1)
+    resumed, items = run(images, tmp_path, name="a", resume=True)
+    assert not resumed.stopped
+    assert resumed.steps == items[-1].total < 100_000
+
+
+def test_a_slow_spell_is_forgotten_when_it_ends() -> None:
+    plan = train_module.Plan(train_module.UNBOUNDED, time.monotonic() + 100)
+    plan.adapt(10, seconds_per_step=10)
+    assert plan.total_steps == pytest.approx(20, abs=1)
+    plan.adapt(11, seconds_per_step=0.1)
+    assert plan.total_steps == pytest.approx(1011, abs=10)
+    plan.adapt(1000, seconds_per_step=10)  # the schedules are nearly done: no jump any more
+    assert plan.total_steps == pytest.approx(1011, abs=10)
 
 
 def test_a_loss_that_is_no_number_never_reaches_the_weights(images: Path, tmp_path: Path) -> None:

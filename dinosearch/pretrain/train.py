@@ -37,6 +37,8 @@ UNTIMED_STEPS = 3
 COMPILE_FROM_STEPS = 2_000
 COMPILE_FROM_MINUTES = 10.0
 """torch.compile takes a minute or two; shorter runs on a GPU go without."""
+RECENT_STEPS = 100
+"""Over so many steps the speed is taken that plans the rest of a time budget."""
 UNBOUNDED = 2**62
 """Steps of a run that only its deadline ends."""
 LOOK_EVERY = 50
@@ -109,6 +111,7 @@ class Progress:
     total: int
     """Images to read, or steps planned; with a time budget the plan adapts to the speed."""
     images_per_second: float | None = None
+    """Over the last steps."""
     seconds_left: float | None = None
     loss: float | None = None
     """Mean DINO loss of the last steps; ln(out_dim) means that nothing is learnt."""
@@ -174,7 +177,9 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
         plan = _plan(config, steps_per_epoch=steps_per_epoch, device=device, began=began, note=note)
     else:
         run.restore(folder / "training")
-        plan = Plan(total_steps=kept["total_steps"], deadline=None)
+        plan = Plan(kept["total_steps"], deadline=None)
+        if plan.total_steps == UNBOUNDED:  # a time budget, stopped before any step was timed
+            plan.deadline = began + 60 * kept["asked"]["minutes"]
     if device.type == "cuda" and _repays_compiling(plan):
         if compiler_present():
             note("compiling the model, once per run (a minute or two)")
@@ -233,7 +238,10 @@ class Plan:
     """With a deadline: end after this many steps all the same."""
 
     def adapt(self, step: int, *, seconds_per_step: float) -> None:
-        """Plan anew how many steps fit, unless that is settled or the end is so near that schedules would jump."""
+        """Plan anew how many steps fit, unless that is settled or the end is so near that schedules would jump.
+
+        seconds_per_step: of the last steps, so that a slow spell (a busy machine) is forgotten when it ends.
+        """
         if self.deadline is None or step > 0.95 * self.total_steps:
             return
         left = max(0.0, self.deadline - time.monotonic())
@@ -267,6 +275,7 @@ class Course:
         """What model.json says beside the outcome."""
         self.health: dict[str, float] = {}
         self._losses: deque[torch.Tensor] = deque(maxlen=LOOK_EVERY)
+        self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
 
     def follow(self, *, checkpoint_every: float, stop: Callable[[], bool]) -> Iterator[Progress]:
         batch = self.run.recipe.batch_size
@@ -286,7 +295,11 @@ class Course:
                 timed_from = now
             else:
                 rate = n_timed * batch / (now - timed_from)
-                self.plan.adapt(step, seconds_per_step=batch / rate)
+            if n_timed >= 0:
+                self._ends.append(now)
+            recent = self._seconds_per_step()
+            if recent is not None:
+                self.plan.adapt(step, seconds_per_step=recent)
             last = step >= self.plan.total_steps
             if step % LOOK_EVERY == 0 or last or step == self.first_step + 1:
                 self.health = self.run.look(outcome).facts()
@@ -296,7 +309,7 @@ class Course:
                 saved_at = time.monotonic()
             if now - shown_at > 0.1 and not last:
                 shown_at = now
-                yield self._progress(step, rate=rate)
+                yield self._progress(step)
             stopped = stop()
         finished = step >= self.plan.total_steps
         yield self._end(step, rate=rate, stopped=not finished)
@@ -313,14 +326,19 @@ class Course:
             )
         return loss
 
-    def _progress(self, step: int, *, rate: float | None) -> Progress:
-        left = (self.plan.total_steps - step) * self.run.recipe.batch_size / rate if rate else None
+    def _seconds_per_step(self) -> float | None:
+        if len(self._ends) < 2:
+            return None
+        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+
+    def _progress(self, step: int) -> Progress:
+        recent = self._seconds_per_step()
         return Progress(
             "training",
             step,
             self.plan.total_steps,
-            images_per_second=rate,
-            seconds_left=left,
+            images_per_second=self.run.recipe.batch_size / recent if recent else None,
+            seconds_left=(self.plan.total_steps - step) * recent if recent else None,
             loss=self.mean_loss(),
             teacher_entropy=self.health.get("teacher_entropy"),
             teacher=self.run.teacher.backbone,
