@@ -1,5 +1,6 @@
 """The `dinosearch` command: parse, call one function, show. Heavy imports wait inside the command that needs them."""
 
+import warnings
 from typing import Annotated
 
 import typer
@@ -25,6 +26,8 @@ demo.add_to(app)
 
 def main() -> None:
     """The console script and `python -m dinosearch`."""
+    # Pillow's remarks on odd EXIF and the like; what matters is a file's status
+    warnings.filterwarnings("ignore", module="PIL")
     app(prog_name="dinosearch")
 
 

@@ -1,5 +1,6 @@
 """`index`, `info` and `failures`: build an index, and see what is in it."""
 
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,7 +64,7 @@ def index(
     summary: SyncSummary | None = None
     with show.Progress() as bar:
         try:
-            for progress in sync_index(
+            sync = sync_index(
                 folders,
                 index_path=index_path,
                 model=vit,
@@ -71,9 +72,11 @@ def index(
                 allow_deletions=yes,
                 prune=prune,
                 note=show.note,
-            ):
-                bar.update(progress.stage, done=progress.done, total=progress.total, details=_details(progress))
-                summary = progress.summary
+            )
+            with closing(sync):  # saves what was embedded, wherever Ctrl-C comes in
+                for progress in sync:
+                    bar.update(progress.stage, done=progress.done, total=progress.total, details=_details(progress))
+                    summary = progress.summary
         except KeyboardInterrupt:
             show.note("what was embedded is saved; the same command goes on from there")
             raise

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,7 +200,7 @@ class _Demo:
             return open_encoder(model, device=self.device, note=self.note)
 
         path = self.folder / "indexes" / name
-        for item in sync_index(
+        sync = sync_index(
             [self.folder / "images"],
             index_path=path,
             model=model,
@@ -207,8 +208,10 @@ class _Demo:
             allow_deletions=True,
             prune=False,
             note=self.note,
-        ):
-            self.progress(f"{item.stage} ({name})", item.done, item.total, "")
+        )
+        with closing(sync):
+            for item in sync:
+                self.progress(f"{item.stage} ({name})", item.done, item.total, "")
         return path
 
     def probe(self, index_path: Path) -> "ProbeReport":
@@ -269,7 +272,7 @@ def _read_labels(path: Path) -> list[tuple[str, str, str]]:
 
 
 def _pixel_vectors(paths: list[Path]) -> np.ndarray:
-    """Unit float32 [n, 3 × 32 × 32 or fewer] of the images as they are, squeezed into small squares."""
+    """Unit float32 [n, 3 × 28 × 28] of the images as they are, squeezed into small squares."""
     from dinosearch.images import Fit, decode, in_threads, read_bytes
 
     side = 28
