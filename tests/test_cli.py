@@ -429,3 +429,9 @@ def on_a_terminal(*arguments, cwd, **more):
     process.wait(timeout=60)
     os.close(ours)
     return sent.decode()
+
+
+def test_a_missing_folder_is_told_before_a_model_is_fetched(tmp_path):
+    done = dinosearch("index", "nowhere", cwd=tmp_path, check=1)
+    assert "no folder nowhere" in one_error(done)
+    assert "fetching" not in done.stderr
