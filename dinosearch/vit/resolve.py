@@ -114,7 +114,8 @@ def _timm_model(spec: str, *, models: Path, image_size: int | None, note: Note) 
     except _network_errors() as error:
         raise ModelNotFound(
             f"{arch} could not be fetched: no way to the Hugging Face hub. "
-            "Train a model of your own (dinosearch train IMAGES), or put weights in place: --model FILE.pth or FILE.safetensors takes released DINO, DINOv2, DINOv3 files"
+            "Train a model of your own (dinosearch train IMAGES), or put weights in place: "
+            "--model FILE.pth or FILE.safetensors takes released DINO, DINOv2, DINOv3 files"
         ) from error
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         raise DinosearchError(
