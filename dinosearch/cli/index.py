@@ -45,11 +45,12 @@ def index(
 
     Example: dinosearch index ./catalog
     """
-    from dinosearch.index.locate import index_for, indexes_path
+    from dinosearch.index.locate import index_for, indexes_path, require_folders
     from dinosearch.index.sync import sync_index
     from dinosearch.vit.folder import models_path
     from dinosearch.vit.resolve import resolve_model
 
+    require_folders(folders)
     index_path = index_for(folders, name=name, indexes=indexes_path())
     vit = resolve_model(model, models=models_path(), note=show.note, image_size=image_size)
     show.note(f"index: {show.shown(index_path)}")

@@ -47,15 +47,18 @@ def resolve_index(spec: str | None, *, indexes: Path, note: Callable[[str], None
     return found[0]
 
 
-def index_for(roots: list[Path], *, name: str | None, indexes: Path) -> Path:
-    """Where to index folders: under `name`; else in the index that follows them; else under the first one's name.
-
-    A name that another folder's index has gets a number: name-2. Raises UsageError for a name that is no file name,
-    DinosearchError for a folder that is not there: before any model is looked for, or fetched.
-    """
+def require_folders(roots: list[Path]) -> None:
+    """Raise DinosearchError for a folder that is not there, before a model is looked for, or even fetched."""
     for root in roots:
         if not root.is_dir():
             raise DinosearchError(f"no folder {root}. Check the path; what is indexed of it stays as it is")
+
+
+def index_for(roots: list[Path], *, name: str | None, indexes: Path) -> Path:
+    """Where to index folders: under `name`; else in the index that follows them; else under the first one's name.
+
+    A name that another folder's index has gets a number: name-2. Raises UsageError for a name that is no file name.
+    """
     if name is not None:
         if not re.fullmatch(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", name):
             raise UsageError(f"{name!r} cannot be the name of an index. Use letters, digits, - and _")
