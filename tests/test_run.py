@@ -91,9 +91,11 @@ def test_koleo_changes_what_is_learnt_and_zero_is_plain_dino() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_step_is_the_eager_step() -> None:
+    # a small lr: Adam's first steps follow the signs of gradients, and large ones would amplify bfloat16's rounding
+    gentle = replace(TINY, lr=1e-4)
     losses = []
     for compiled in (False, True):
-        run = Run(TINY, seed=0, device=CPU)
+        run = Run(gentle, seed=0, device=CPU)
         if compiled:
             run.compile()
         losses.append([run.step(*batch(), step=i, done=i / 4).loss.item() for i in range(4)])
