@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dinosearch.errors import DinosearchError
-from dinosearch.images.find import FoundImage, Scan
+from dinosearch.images.source import FoundImage, Scan
 from dinosearch.index.catalog import OK, TOO_LARGE, UNREADABLE, FileRow, StoredFile
 
 MAX_GONE = 0.2
