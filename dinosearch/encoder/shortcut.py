@@ -8,22 +8,20 @@ _SAME = 1e-5
 
 
 def skip_unread_tokens(vit: nn.Module, *, image_size: int) -> bool:
-    """Where only the class token is read in the end, let the last block compute what follows its attention for that only.
+    """Where only the class token is read in the end, let the last block compute what follows its attention for it only.
 
-    That is 9 of the 12 d² multiplications per token of one block: 6 % of a ViT-S/16 at 224 px. Changes `vit` in place and
-    says whether it did: not where its vectors would become others (pooling by average, a block of another build).
+    That is 9 of the 12 d² multiplications per token of one block: 6 % of a ViT-S/16 at 224 px. Changes `vit` in place
+    and says whether it did: not where its vectors would become others (pooling by average, a block of another build).
     """
     blocks = getattr(vit, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
         return False
-    after_attention = [getattr(getattr(blocks[-1], "attn", None), "proj", None), getattr(blocks[-1], "norm2", None)]
+    parts = [getattr(getattr(blocks[-1], "attn", None), "proj", None), getattr(blocks[-1], "norm2", None)]
     noise = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         wanted = vit(noise)
         # Its results are [n, 1, d]; added to the residual [n, tokens, d], they are right for the class token alone.
-        hooks = [
-            part.register_forward_pre_hook(_first_token) for part in after_attention if isinstance(part, nn.Module)
-        ]
+        hooks = [part.register_forward_pre_hook(_first_token) for part in parts if isinstance(part, nn.Module)]
         try:
             same = torch.allclose(vit(noise), wanted, rtol=_SAME, atol=_SAME * float(wanted.abs().max()))
         except RuntimeError:  # a block of another build, which the slices do not fit
