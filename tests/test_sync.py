@@ -12,7 +12,7 @@ from indexing import Workshop, a_model, last, never, set_age, write_image, write
 from PIL import Image
 
 from dinosearch.errors import DinosearchError, IndexLocked, IndexNotFound, UsageError
-from dinosearch.images import find
+from dinosearch.images import find, read
 from dinosearch.images.decode import decode
 from dinosearch.index import embed
 from dinosearch.index.catalog import Catalog
@@ -67,7 +67,7 @@ def test_a_first_run_embeds_every_image_as_the_encoder_alone_does(shop):
 def test_an_unchanged_folder_opens_no_file_and_no_encoder(shop, monkeypatch):
     shop.sync()
     before = (shop.index / "vectors-1.faiss").stat()
-    monkeypatch.setattr(embed, "read_bytes", never)
+    monkeypatch.setattr(read, "read_bytes", never)
     summary = last(sync_index([shop.root], index_path=shop.index, model=shop.model, encoder_for=never))
     assert counts(summary) == {"unchanged": 20, "images": 20}
     assert (shop.index / "vectors-1.faiss").stat() == before
@@ -164,12 +164,12 @@ def test_a_touched_file_is_unchanged_and_read_only_once(shop, monkeypatch):
     shop.sync()
     set_age(shop.root / "0005.png", 10)
     assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
-    monkeypatch.setattr(embed, "read_bytes", never)
+    monkeypatch.setattr(read, "read_bytes", never)
     assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
 
 
 def test_a_change_within_one_tick_of_the_clock_is_noticed(shop, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "_FINE_TICK_NS", 60 * 10**9)  # as if the clock of the file system stood still
+    monkeypatch.setattr(read, "_FINE_TICK_NS", 60 * 10**9)  # as if the clock of the file system stood still
     path = shop.root / "0000.png"
     one, other = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     one.save(path, format="BMP")
@@ -184,7 +184,7 @@ def test_a_change_within_one_tick_of_the_clock_is_noticed(shop, tmp_path, monkey
 
 def test_a_file_that_changes_while_it_is_read_is_stored_as_it_was_hashed(shop, monkeypatch, tmp_path):
     path = shop.root / "0007.png"
-    read_bytes = embed.read_bytes
+    read_bytes = read.read_bytes
     times = iter([200, 100])
 
     def read_and_change(name):
@@ -193,15 +193,15 @@ def test_a_file_that_changes_while_it_is_read_is_stored_as_it_was_hashed(shop, m
             write_image(path, 1000 + age, size=(30, 30), age=age)
         return data
 
-    monkeypatch.setattr(embed, "read_bytes", read_and_change)
+    monkeypatch.setattr(read, "read_bytes", read_and_change)
     assert counts(shop.sync()) == {"new": 20, "embedded": 20, "images": 20}
     assert_as_in_a_calm_run(shop, tmp_path)
-    monkeypatch.setattr(embed, "read_bytes", never)
+    monkeypatch.setattr(read, "read_bytes", never)
     assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
 
 
 def test_a_file_that_never_stops_changing_is_unreadable_and_tried_again(shop, monkeypatch):
-    path, read_bytes = shop.root / "0007.png", embed.read_bytes
+    path, read_bytes = shop.root / "0007.png", read.read_bytes
 
     def read_and_change(name):
         data = read_bytes(name)
@@ -209,10 +209,10 @@ def test_a_file_that_never_stops_changing_is_unreadable_and_tried_again(shop, mo
             path.write_bytes(data + b"x")
         return data
 
-    monkeypatch.setattr(embed, "read_bytes", read_and_change)
+    monkeypatch.setattr(read, "read_bytes", read_and_change)
     assert counts(shop.sync()) == {"new": 19, "embedded": 19, "failed": 1, "images": 19}
     assert [status for _, status, _ in failures(shop.index)] == ["unreadable"]
-    monkeypatch.setattr(embed, "read_bytes", read_bytes)
+    monkeypatch.setattr(read, "read_bytes", read_bytes)
     assert counts(shop.sync()) == {"changed": 1, "unchanged": 19, "embedded": 1, "images": 20}
 
 
@@ -424,7 +424,7 @@ def test_bad_files_are_remembered_by_content_until_the_decoders_change(shop, mon
         "bad.jpg": "corrupt", "truncated.png": "truncated",
     }  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "read_bytes", never)
+        patch.setattr(read, "read_bytes", never)
         assert counts(shop.sync()) == {"unchanged": 20, "failed": 2, "images": 20}
     with monkeypatch.context() as patch:
         patch.setattr(embed, "decode", never)
@@ -465,7 +465,7 @@ def test_what_was_too_large_is_tried_again_with_a_larger_budget(shop, monkeypatc
     assert counts(shop.sync()) == {"new": 20, "failed": 1, "embedded": 20, "images": 20}
     assert [status for _, status, _ in failures(shop.index)] == ["too-large"]
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "read_bytes", never)
+        patch.setattr(read, "read_bytes", never)
         assert counts(shop.sync()) == {"unchanged": 20, "failed": 1, "images": 20}
     monkeypatch.setattr(embed, "pixel_budget", lambda _: 50000)
     assert counts(shop.sync()) == {"unchanged": 20, "changed": 1, "embedded": 1, "images": 21}

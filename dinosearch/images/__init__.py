@@ -10,9 +10,10 @@ from dinosearch.images.decode import (
     decoders,
     pixel_budget,
 )
-from dinosearch.images.find import FoundImage, Scan, find_images
+from dinosearch.images.find import find_images
 from dinosearch.images.machine import compiler_present, memory_bytes, n_cores
-from dinosearch.images.read import in_threads, read_bytes
+from dinosearch.images.read import in_threads, read_bytes, read_stable
+from dinosearch.images.source import FoundImage, Scan, StableBytes
 
 __all__ = [
     "BadImage",
@@ -20,6 +21,7 @@ __all__ = [
     "FoundImage",
     "Picture",
     "Scan",
+    "StableBytes",
     "compiler_present",
     "content_hash",
     "decode",
@@ -31,4 +33,5 @@ __all__ = [
     "n_cores",
     "pixel_budget",
     "read_bytes",
+    "read_stable",
 ]

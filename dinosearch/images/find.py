@@ -4,10 +4,10 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from dinosearch.errors import DinosearchError
+from dinosearch.images.source import FoundImage, Scan
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
@@ -17,28 +17,6 @@ EXTENSIONS = (
 
 SKIPPED_FOLDERS = frozenset({"@eaDir"})
 """Thumbnails that network drives (Synology) leave beside the originals."""
-
-
-@dataclass(frozen=True, slots=True)
-class FoundImage:
-    """A regular file that has an image's name."""
-
-    path: str
-    """Relative to the root, "/" between parts; bytes that are not UTF-8 as surrogate escapes."""
-    size: int
-    """Bytes."""
-    mtime_ns: int
-    """Time of the last change, nanoseconds."""
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What lies below a root."""
-
-    images: list[FoundImage]
-    """Sorted by path, in byte order."""
-    unreadable_folders: list[tuple[str, str]]
-    """Relative path and reason of each folder that could not be listed: what lies below it is unknown, not gone."""
 
 
 def find_images(root: Path) -> Scan:

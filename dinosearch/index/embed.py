@@ -7,7 +7,6 @@ embedded once: what the catalog knows is not decoded, and a copy of a file still
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from collections import Counter, defaultdict
@@ -19,7 +18,7 @@ import numpy as np
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BadImage, Fit, content_hash, decode, decoders, pixel_budget
-from dinosearch.images.read import in_threads, read_bytes
+from dinosearch.images.read import in_threads, read_stable
 from dinosearch.index.catalog import OK, UNREADABLE, Catalog, Content, FileRow
 from dinosearch.index.compare import DecoderKeys, Wanted
 
@@ -32,20 +31,6 @@ SAVE_FILES = 1000
 
 _AHEAD_BYTES = 128 << 20  # pixels waiting for the encoder, whatever their size
 _LULL_SECONDS = 0.5  # with nothing for the encoder in so long, what it has begun is finished and progress is shown
-_READ_ATTEMPTS = 3
-# A write soon after the last one may leave the time as it is: clocks of file systems tick in steps of up to 10 ms, of
-# some (FAT, old NFS; they show whole seconds) up to 2 s. A time so close to the reading is not trusted the next time.
-_FINE_TICK_NS = 20_000_000
-_COARSE_TICK_NS = 2_000_000_000
-UNTRUSTED_TIME = -1
-
-
-@dataclass(frozen=True, slots=True)
-class StableBytes:
-    """A file's bytes with the size and time it had while they were read."""
-
-    data: bytes
-    mtime_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,31 +205,3 @@ class Embedding:
 
 def decoder_keys(workers: int) -> DecoderKeys:
     return DecoderKeys(decoders(), f"{decoders()}, at most {pixel_budget(workers)} pixels")
-
-
-def read_stable(path: str) -> StableBytes:
-    """The bytes of a file that did not change meanwhile. Raises BadImage("unreadable") when it cannot be read so.
-
-    The time is UNTRUSTED_TIME where a later change might leave it as it is.
-    """
-    for _ in range(_READ_ATTEMPTS):
-        began = time.time_ns()
-        before = _stat(path)
-        data = read_bytes(path)
-        after = _stat(path)
-        if _state(before) == _state(after) and len(data) == before.st_size:
-            tick = _FINE_TICK_NS if before.st_mtime_ns % 1_000_000_000 else _COARSE_TICK_NS
-            recent = abs(began - before.st_mtime_ns) < tick
-            return StableBytes(data, UNTRUSTED_TIME if recent else before.st_mtime_ns)
-    raise BadImage(UNREADABLE, "it changes while it is read")
-
-
-def _stat(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)  # noqa: PTH116 - surrogate escapes pass, and it is fast
-    except OSError as error:
-        raise BadImage(UNREADABLE, error.strerror or str(error)) from error
-
-
-def _state(stat: os.stat_result) -> tuple[int, int, int, int]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 
 from dinosearch.errors import DinosearchError, IndexNotFound, UsageError
 from dinosearch.images.decode import BadImage, content_hash
-from dinosearch.images.find import Scan, find_images
+from dinosearch.images.find import find_images
 from dinosearch.images.machine import n_cores
-from dinosearch.images.read import in_threads
+from dinosearch.images.read import in_threads, read_stable
+from dinosearch.images.source import Scan
 from dinosearch.index import vectors
 from dinosearch.index.catalog import OK, Catalog, StoredFile, is_index
 from dinosearch.index.compare import Changes, DecoderKeys, Wanted, compare, match_moves, refuse_mass_deletion
-from dinosearch.index.embed import Embedding, decoder_keys, read_stable
+from dinosearch.index.embed import Embedding, decoder_keys
 from dinosearch.index.lock import writer_lock
 
 if TYPE_CHECKING:
