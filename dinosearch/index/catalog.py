@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinosearch.errors import IndexNotFound, IndexUnusable
-from dinosearch.images.source import ScanOptions
+from dinosearch.images.source import UNTRUSTED_TIME, ScanOptions
 from dinosearch.index import database
 from dinosearch.index.database import explained
 from dinosearch.index.lock import writer_lock
@@ -171,17 +171,25 @@ class Catalog:
 
     @classmethod
     def create(
-        cls, index_path: Path, *, fingerprint: str, model: str, dim: int, note: Callable[[str], None] = lambda _: None
+        cls,
+        index_path: Path,
+        *,
+        fingerprint: str,
+        model: str,
+        dim: int,
+        shard: str | None = None,
+        note: Callable[[str], None] = lambda _: None,
     ) -> Catalog:
         """Make the catalog of a new index. What one killed attempt left behind is finished, never taken as an index."""
         path = index_path / FILE_NAME
         created = datetime.now(UTC).isoformat(timespec="microseconds")
         meta = {"created": created, "fingerprint": fingerprint, "model": model, "dim": str(dim)}
+        meta |= {"content_hash": CONTENT_HASH} | ({"shard": shard} if shard else {})
         with explained(path):
             connection = database.create(path)
             try:
                 database.set_journal(connection, path, note)
-                make_tables(connection, meta | {"content_hash": CONTENT_HASH})
+                make_tables(connection, meta)
             except BaseException:
                 connection.close()
                 raise
@@ -230,8 +238,13 @@ class Catalog:
     # -- what the index is
 
     def meta(self, key: str) -> str:
-        """A fact of the whole index: created, fingerprint, model, dim."""
+        """A fact of the whole index: created, fingerprint, model, dim, content_hash."""
         return str(self._rows("SELECT value FROM meta WHERE key = ?", (key,))[0][0])
+
+    def shard(self) -> str | None:
+        """i/n, if the index is one of n parts."""
+        rows = self._rows("SELECT value FROM meta WHERE key = 'shard'")
+        return str(rows[0][0]) if rows else None
 
     @property
     def fingerprint(self) -> str:
@@ -322,7 +335,9 @@ class Catalog:
         fingerprint, fields = self.fingerprint, "f.root, f.path, f.member, f.frame, v.id"
         if vector_ids is None:
             query = f"SELECT {fields} FROM {_LIVE} ORDER BY f.root, f.path, f.member, f.frame"
-            yield from (LiveFile(root, _path_of(path), *rest) for root, path, *rest in self._stream(query, (fingerprint,)))
+            yield from (
+                LiveFile(root, _path_of(path), *rest) for root, path, *rest in self._stream(query, (fingerprint,))
+            )
             return
         for start in range(0, len(vector_ids), 500):  # SQLite bounds the number of parameters
             some = [int(number) for number in vector_ids[start : start + 500]]
@@ -349,6 +364,11 @@ class Catalog:
     def n_files(self, root: int) -> int:
         """Files known of a root, good and bad."""
         return int(self._rows("SELECT count(*) FROM files WHERE root = ? AND frame = 0", (root,))[0][0])
+
+    def has_untrusted_times(self, root: int) -> bool:
+        """Whether some file may change without its time telling."""
+        query = "SELECT 1 FROM files WHERE root = ? AND mtime_ns = ? LIMIT 1"
+        return bool(self._rows(query, (root, UNTRUSTED_TIME)))
 
     def n_failed(self) -> int:
         """Files, and further frames of files, that have no vector."""
@@ -449,8 +469,8 @@ class Catalog:
         """Write what was found. A file that cannot be read keeps the hash it had: it may come back."""
         rows = list(rows)
         self._write(
-            """INSERT INTO files (root, path, member, frame, size, mtime_ns, content_hash, status, reason, width, height,
-            decoders, frames, metadata) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, nullif(?, ''))
+            """INSERT INTO files (root, path, member, frame, size, mtime_ns, content_hash, status, reason, width,
+            height, decoders, frames, metadata) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, nullif(?, ''))
             ON CONFLICT (root, path, member, frame) DO UPDATE SET size = excluded.size, mtime_ns = excluded.mtime_ns,
             content_hash = coalesce(excluded.content_hash, content_hash), status = excluded.status,
             reason = excluded.reason, width = excluded.width, height = excluded.height, decoders = excluded.decoders,
@@ -465,6 +485,11 @@ class Catalog:
             "DELETE FROM files WHERE root = ? AND path = ? AND member = ? AND frame >= ?",
             ((row.root, _stored(row.path), row.member, row.frames or 1) for row in rows if row.frame == 0),
         )
+
+    def forget_frames(self, root: int) -> None:
+        """Of a root's files, only the first frames are looked at from now on."""
+        self._write("DELETE FROM files WHERE root = ? AND frame > 0", [(root,)])
+        self._write("UPDATE files SET frames = NULL WHERE root = ?", [(root,)])
 
     def set_metadata(self, metadata: Iterable[tuple[int, str]]) -> None:
         """What a table now says of files (their id) that are as they were."""

@@ -17,7 +17,11 @@ _BUSY_SECONDS = 30
 def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     """Open a database that exists; in a read-only folder as immutable, which needs no files beside it."""
     return sqlite3.connect(
-        _address(path, writable=writable), uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS
+        _address(path, writable=writable),
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        timeout=_BUSY_SECONDS,
     )
 
 
