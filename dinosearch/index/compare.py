@@ -73,8 +73,6 @@ class View:
     """Read unchanged files too."""
     excluded: Callable[[FoundImage], bool] = lambda _: False
     """Whether a file that was not found is there and left out on purpose, now that the options are others."""
-    named_only: bool = False
-    """The source is some files by name: those not named this time are gone only if they are not there."""
 
 
 @dataclass
@@ -94,7 +92,7 @@ class Changes:
     n_stored: dict[str, int] = field(default_factory=dict)
     """By location of the root: files that the catalog has."""
     n_out_of_reach: int = 0
-    """Files with a vector of another model only, below folders that could not be listed or not named this time."""
+    """Files with a vector of another model only, below folders that could not be listed."""
 
     def news_like_gone(self) -> list[Wanted]:
         """New files that may be gone ones under another name: some gone file has as many bytes."""
@@ -116,7 +114,7 @@ def compare(changes: Changes, view: View, stored: Iterable[StoredFile], keys: De
         n_stored += 1
         image = _as_stored(before) if found is None else found.pop((before.path, before.member), None)
         if image is None:
-            if _is_gone(before, view, hidden):
+            if not (hidden and before.path.startswith(hidden)):
                 (changes.excluded if view.excluded(_as_stored(before)) else gone).append(before)
             elif before.status == OK and not before.embedded:
                 changes.n_out_of_reach += 1
@@ -138,15 +136,6 @@ def compare(changes: Changes, view: View, stored: Iterable[StoredFile], keys: De
 
 def _as_stored(before: StoredFile) -> FoundImage:
     return FoundImage(before.path, before.size, before.mtime_ns, before.member, before.metadata)
-
-
-def _is_gone(before: StoredFile, view: View, hidden: tuple[str, ...]) -> bool:
-    if hidden and before.path.startswith(hidden):
-        return False
-    if not view.named_only:
-        return True
-    path = view.source.file_path(_as_stored(before))
-    return path is None or not os.path.lexists(path)
 
 
 def _needs_no_reading(before: StoredFile, found: FoundImage, keys: DecoderKeys, *, all_pages: bool) -> bool:

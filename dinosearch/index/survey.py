@@ -13,6 +13,7 @@ from pathlib import PurePath
 
 from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.images.source import FoundImage, Scan, Source
+from dinosearch.images.sources.files import FilesSource
 from dinosearch.index.catalog import Root, RootOptions
 
 
@@ -80,6 +81,7 @@ def survey(
     root: Root | None,
     given: GivenOptions,
     *,
+    known_names: Iterable[str] = (),
     verify: bool = False,
     shard: Shard | None = None,
     note: Callable[[str], None],
@@ -87,11 +89,13 @@ def survey(
     """Look at one source. Raises DinosearchError when it is not there or has no images."""
     if root is not None and root.kind != source.kind:
         raise DinosearchError(
-            f"{source.location} is a {source.kind} now and was a {root.kind} when it was indexed. "
-            "Put it back, or index it under another --name"
+            f"{source.location} is indexed as {root.kind} and cannot be {source.kind} in the same index. "
+            "Give it as it was, or index it under another --name"
         )
     before = root.options if root else None
     options = given.over(before or RootOptions())
+    if isinstance(source, FilesSource):
+        source.add(known_names)
     stamp = source.stamp()
     if root is not None and stamp is not None and stamp == root.stamp and options == before and not verify:
         return Survey(source, before, options, stamp, None)

@@ -121,7 +121,15 @@ def sync_index(
         refuse_overlap([*asked.values(), *roots.values()])
         if not surveys:
             surveys = [
-                survey(source, roots.get(location), options, verify=verify, shard=shard, note=note)
+                survey(
+                    source,
+                    roots.get(location),
+                    options,
+                    known_names=_known_names(catalog, roots.get(location)),
+                    verify=verify,
+                    shard=shard,
+                    note=note,
+                )
                 for location, source in asked.items()
             ]
         say_options(surveys, options, note)
@@ -183,7 +191,9 @@ def _as_sources(sources: Iterable[Source | Path]) -> dict[str, Source]:
     found: dict[str, Source] = {}
     for each in sources:
         source = known_source("folder", str(each.resolve())) if isinstance(each, Path) else each
-        found.setdefault(source.location, source)
+        first = found.setdefault(source.location, source)
+        if first.kind != source.kind:
+            raise UsageError(f"{source.location} is given as a {first.kind} and as {source.kind}. Give one of them")
     return found
 
 
@@ -221,6 +231,13 @@ def _own_shard(catalog: Catalog, shard: Shard | None, note: Callable[[str], None
     return Shard.parse(own) if own else None
 
 
+def _known_names(catalog: Catalog, root: Root | None) -> list[str]:
+    """Of files that were named one by one: the names of earlier runs."""
+    if root is None or root.kind != "files":
+        return []
+    return [stored.path for stored in catalog.stored_files(root.id, fingerprint=catalog.fingerprint)]
+
+
 def _remember(catalog: Catalog, each: Survey, root: Root | None) -> int:
     """Number of a source in the catalog, with the options it is seen by from now on."""
     number = catalog.add_root(each.source.kind, each.source.location)
@@ -253,7 +270,6 @@ def _view(number: int, each: Survey, *, verify: bool) -> View:
         all_pages=each.options.all_pages,
         verify=verify,
         excluded=excluded if each.seen_otherwise else lambda _: False,
-        named_only=source.kind == "files",
     )
 
 
