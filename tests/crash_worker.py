@@ -55,4 +55,4 @@ embed.SAVE_FILES = 16
 model = a_model(seed)
 encoder = ProjectingEncoder(model, seconds_per_batch=0.01)
 print("ready", flush=True)
-last(sync_index([images], index_path=index, model=model, encoder_for=lambda: encoder, workers=2))
+last(sync_index([images], index_path=index, model=model, encoder_for=lambda _: encoder, workers=2))

@@ -23,23 +23,24 @@ def writer_lock(index_path: Path) -> Iterator[None]:
 
     lock = FileLock(index_path / "lock")
     holder_path = index_path / "lock.json"
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     try:
         lock.acquire(timeout=0)
+        holder_path.write_text(json.dumps(holder), encoding="utf-8")
     except Timeout:
         raise IndexLocked(
             f"the index in {index_path} is being written by {_holder(holder_path)}. Wait until that ends, or stop it"
         ) from None
     except OSError as error:
+        lock.release()
         raise DinosearchError(
             f"cannot write to {index_path} ({error.strerror}). Make it writable, or index under another --name"
         ) from error
     try:
-        holder = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        holder_path.write_text(json.dumps(holder), encoding="utf-8")
         yield
     finally:
         holder_path.unlink(missing_ok=True)
