@@ -1,6 +1,8 @@
 """Which source a word on the command line is, and the sources that are files of this machine."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,3 +181,9 @@ def test_streams_belong_to_compressed_tars_alone():
     write("p/a.jpg")
     with pytest.raises(AssertionError):
         open_source("p")[0].stream([FoundImage("a.jpg", 1, 1)])
+
+
+def test_what_only_other_sources_need_is_not_loaded_for_a_folder():
+    code = "import sys; from dinosearch.images.sources import open_source; open_source('.'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"fsspec", "aiohttp", "pyarrow", "pathspec"} & set(done.stdout.split())
