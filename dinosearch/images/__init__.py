@@ -3,6 +3,7 @@
 from dinosearch.images.decode import (
     BadImage,
     Fit,
+    Frames,
     Picture,
     content_hash,
     decode,
@@ -19,6 +20,7 @@ __all__ = [
     "BadImage",
     "Fit",
     "FoundImage",
+    "Frames",
     "Picture",
     "Scan",
     "StableBytes",
