@@ -25,6 +25,9 @@ COLUMNS = ("path", "image_path", "file_path", "filepath", "image", "file", "file
 TABLE_EXTENSIONS = (".csv", ".tsv", ".parquet")
 
 _BATCH_ROWS = 10_000
+# Neither 007 nor a number of more digits than a float holds is a quantity: both are names made of digits.
+_WHOLE = re.compile(r"-?(0|[1-9]\d{0,14})", re.ASCII)
+_REAL = re.compile(r"-?(0|[1-9]\d{0,14})?\.\d+([eE][-+]?\d{1,2})?|-?[1-9]\d{0,14}(\.\d*)?[eE][-+]?\d{1,2}", re.ASCII)
 
 
 class TableSource(NamedImages):
@@ -47,8 +50,9 @@ def _csv_rows(location: str) -> Iterator[Named]:
     kinds: dict[int, set[str]] = {}
     for _, cells in _csv_cells(location):
         for at, cell in enumerate(cells):
-            if cell:
-                kinds.setdefault(at, set()).add(_kind(cell))
+            found = kinds.setdefault(at, set())
+            if cell and "text" not in found:  # which decides
+                found.add(_kind(cell))
     readers = {at: _reader(found) for at, found in kinds.items()}
     lines = _csv_cells(location, with_header=True)
     _, header = next(lines, (1, []))
@@ -92,10 +96,9 @@ def _path_column(location: str, names: list[str]) -> int:
 
 
 def _kind(cell: str) -> str:
-    # Neither 007 nor a number of more digits than a float holds is a quantity: both are names made of digits.
-    if re.fullmatch(r"-?(0|[1-9]\d{0,14})", cell):
+    if _WHOLE.fullmatch(cell):
         return "whole"
-    if re.fullmatch(r"-?(0|[1-9]\d{0,14})?\.\d+([eE][-+]?\d{1,2})?|-?[1-9]\d{0,14}(\.\d*)?[eE][-+]?\d{1,2}", cell):
+    if _REAL.fullmatch(cell):
         return "real"
     return "truth" if cell.lower() in ("true", "false") else "text"
 
