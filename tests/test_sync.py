@@ -150,7 +150,7 @@ def test_copies_of_a_bad_file_within_one_run_fail_alike(shop):
     for number in range(10):
         (shop.root / f"bad{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
     assert counts(shop.sync()) == {"new": 20, "embedded": 20, "failed": 10, "images": 20}
-    assert len({(status, reason) for _, status, reason in failures(shop.index)}) == 1
+    assert len({(status, reason) for _, status, reason, _ in failures(shop.index)}) == 1
 
 
 def test_a_changed_file_is_embedded_again(shop, tmp_path):
@@ -211,7 +211,7 @@ def test_a_file_that_never_stops_changing_is_unreadable_and_tried_again(shop, mo
 
     monkeypatch.setattr(read, "read_bytes", read_and_change)
     assert counts(shop.sync()) == {"new": 19, "embedded": 19, "failed": 1, "images": 19}
-    assert [status for _, status, _ in failures(shop.index)] == ["unreadable"]
+    assert [status for _, status, *_ in failures(shop.index)] == ["unreadable"]
     monkeypatch.setattr(read, "read_bytes", read_bytes)
     assert counts(shop.sync()) == {"changed": 1, "unchanged": 19, "embedded": 1, "images": 20}
 
@@ -322,7 +322,7 @@ def test_another_model_waits_for_files_out_of_reach(shop, monkeypatch):
     shop.model = a_model(1)
     summary = shop.sync()
     assert (summary.model, summary.embedded, summary.images) == ("m0", 20, 21)
-    assert "1 images lie in folders that cannot be listed" in shop.notes[-1]
+    assert "1 images are out of reach" in shop.notes[-1]
     monkeypatch.undo()
     summary = shop.sync()
     assert (summary.model, summary.embedded, summary.images) == ("m1", 1, 21)
@@ -373,7 +373,7 @@ def test_unreadable_files_are_tried_again_and_folders_kept(public):
     sync = "s = shop.sync(); print(json.dumps([s.new, s.unchanged, s.failed, s.deleted, s.embedded, s.images]))"
     (root / "0000.png").chmod(0)
     assert as_nobody(sync, root, index) == [19, 0, 1, 0, 19, 19]
-    listing = "print(json.dumps([f[1:] for f in failures(shop.index)]))"
+    listing = "print(json.dumps([f[1:3] for f in failures(shop.index)]))"
     assert as_nobody(listing, root, index) == [["unreadable", "Permission denied"]]
     (root / "sub").chmod(0)
     assert as_nobody(sync, root, index) == [0, 9, 1, 0, 0, 19]
@@ -420,7 +420,7 @@ def test_bad_files_are_remembered_by_content_until_the_decoders_change(shop, mon
     truncated.write_bytes((shop.root / "0000.png").read_bytes()[:-200])
     set_age(truncated, 100)
     assert counts(shop.sync()) == {"new": 20, "failed": 2, "embedded": 20, "images": 20}
-    assert {path.name: status for path, status, _ in failures(shop.index)} == {
+    assert {Path(path).name: status for path, status, *_ in failures(shop.index)} == {
         "bad.jpg": "corrupt", "truncated.png": "truncated",
     }  # fmt: skip
     with monkeypatch.context() as patch:
@@ -463,7 +463,7 @@ def test_what_was_too_large_is_tried_again_with_a_larger_budget(shop, monkeypatc
     write_image(shop.root / "large.png", 5, size=(100, 100))
     monkeypatch.setattr(embed, "pixel_budget", lambda _: 5000)
     assert counts(shop.sync()) == {"new": 20, "failed": 1, "embedded": 20, "images": 20}
-    assert [status for _, status, _ in failures(shop.index)] == ["too-large"]
+    assert [status for _, status, *_ in failures(shop.index)] == ["too-large"]
     with monkeypatch.context() as patch:
         patch.setattr(read, "read_bytes", never)
         assert counts(shop.sync()) == {"unchanged": 20, "failed": 1, "images": 20}

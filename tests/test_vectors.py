@@ -28,9 +28,9 @@ def unit(n, seed=0):
 
 
 def add(catalog, vectors, *, start=0):
-    root = catalog.add_root(catalog.path.parent)
+    root = catalog.add_root("folder", str(catalog.path.parent))
     names = [f"{i:06}" for i in range(start, start + len(vectors))]
-    catalog.put_vectors([(name, 1, 1) for name in names], vectors, fingerprint=MODEL)
+    catalog.put_vectors([(name, 0, 1, 1) for name in names], vectors, fingerprint=MODEL)
     catalog.put_files(FileRow(root, name, 1, 1, name, "ok") for name in names)
     catalog.commit()
 

@@ -3,7 +3,7 @@
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,8 +26,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 def index(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of images, with all below them.")],
-    name: Annotated[str | None, typer.Option(help="Name of the index; the folder's name without.")] = None,
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Folders, archives, lists, tables, quoted globs or URLs.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Name of the index; the source's name without.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Name in models/, a folder, timm:NAME or a released file; the newest without.")
     ] = None,
@@ -38,20 +40,38 @@ def index(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Accept that more than a fifth of the files is gone.")
     ] = False,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Pass over paths like this, as in .gitignore; '' passes over none."),
+    ] = None,
+    include_hidden: Annotated[
+        bool | None, typer.Option("--include-hidden/--skip-hidden", help="Take names that begin with a dot too.")
+    ] = None,
+    all_pages: Annotated[
+        bool | None, typer.Option("--all-pages/--first-page", help="Take each page and frame, not only the first.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Take only this of N parts; merge makes one index of them.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read unchanged files too, to find altered ones.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Forget the vectors that no file needs any more.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Embed a folder of images into an index, or bring that index up to date.
+    """Embed images into an index, or bring that index up to date.
 
     Example: dinosearch index ./catalog
     """
-    from dinosearch.index.locate import index_for, indexes_path, require_folders
+    from dinosearch.images.sources import open_sources
+    from dinosearch.index.locate import index_for, indexes_path
+    from dinosearch.index.survey import GivenOptions, Shard
     from dinosearch.index.sync import sync_index
     from dinosearch.vit.folder import models_path
     from dinosearch.vit.resolve import resolve_model
 
-    require_folders(folders)
-    index_path = index_for(folders, name=name, indexes=indexes_path())
+    opened = open_sources(sources)
+    part = Shard.parse(shard) if shard else None
+    given = GivenOptions(None if exclude is None else tuple(filter(None, exclude)), include_hidden, all_pages)
+    index_path = index_for(opened, name=name, indexes=indexes_path(), shard=shard)
     vit = resolve_model(model, models=models_path(), note=show.note, image_size=image_size)
     show.note(f"index: {show.shown(index_path)}")
 
@@ -66,11 +86,14 @@ def index(
     with show.Progress() as bar:
         try:
             sync = sync_index(
-                folders,
+                opened,
                 index_path=index_path,
                 model=vit,
                 encoder_for=start_encoder,
+                options=given,
+                shard=part,
                 allow_deletions=yes,
+                verify=verify,
                 prune=prune,
                 note=show.note,
             )
@@ -99,12 +122,14 @@ def info(index: IndexOption = None, as_json: JsonOption = False) -> None:
     from dinosearch.index.contents import index_info
 
     facts = asdict(index_info(chosen_index(index)))
-    facts["roots"] = [show.shown(Path(root)) for root in facts["roots"]]
+    facts["roots"] = [show.shown(root) for root in facts["roots"]]
     if as_json:
         show.json_line(facts)
         return
     faiss = facts.pop("faiss") or {"type": "none yet"}
     facts["roots"] = ", ".join(facts["roots"])
+    facts["sources"] = ", ".join(_source_line(source) for source in facts["sources"])
+    facts["metadata"] = ", ".join(facts["metadata"])
     facts |= {f"faiss {key.replace('_', ' ')}": value for key, value in faiss.items()}
     show.table(["", "value"], facts.items(), wide=["value"])
 
@@ -116,7 +141,7 @@ def failures(index: IndexOption = None, as_json: JsonOption = False) -> None:
     """
     from dinosearch.index.contents import failures as read_failures
 
-    rows = ((show.shown(Path(row.path)), row.status, row.reason) for row in read_failures(chosen_index(index)))
+    rows = ((show.shown(row.path), row.status, row.reason) for row in read_failures(chosen_index(index)))
     if as_json:
         for path, status, reason in rows:
             show.json_line({"path": path, "status": status, "reason": reason})
@@ -132,6 +157,12 @@ def chosen_index(spec: str | None) -> Path:
     if spec is None:
         show.note(f"index: {show.shown(path)} (the newest; --index chooses another)")
     return path
+
+
+def _source_line(source: dict[str, Any]) -> str:
+    options = [f"without {pattern}" for pattern in source["exclude"]]
+    options += ["with hidden names"] * source["include_hidden"] + ["every page"] * source["all_pages"]
+    return f"{source['kind']} {show.shown(source['location'])}" + (f" ({', '.join(options)})" if options else "")
 
 
 def _details(progress: "SyncProgress") -> str:

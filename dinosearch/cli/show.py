@@ -75,8 +75,10 @@ def error(text: str) -> None:
     _to_stderr(f"{head} {printable(text)}")
 
 
-def shown(path: Path) -> str:
-    """Relative to the current folder when below it, else absolute: what is printed can be opened."""
+def shown(path: Path | str) -> str:
+    """Relative to the current folder when below it, else absolute or a URL: what is printed can be opened."""
+    if "://" in str(path):
+        return str(path)
     absolute = os.path.normpath(Path.cwd() / path)
     here = f"{Path.cwd()}{os.sep}"
     return absolute.removeprefix(here) if absolute.startswith(here) else absolute

@@ -18,9 +18,10 @@ import numpy as np
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BadImage, Fit, content_hash, decode, decoders, pixel_budget
-from dinosearch.images.read import in_threads, read_stable
+from dinosearch.images.read import in_threads
 from dinosearch.index.catalog import OK, UNREADABLE, Catalog, Content, FileRow
 from dinosearch.index.compare import DecoderKeys, Wanted
+from dinosearch.index.reading import Reading, readings
 
 if TYPE_CHECKING:
     from dinosearch.encoder import Encoder
@@ -58,6 +59,8 @@ class Embedding:
         self.outcomes: Counter[str] = Counter()
         """Files by new, changed, moved, unchanged, failed."""
         self.n_embedded = 0
+        self.n_altered = 0
+        """Verified files whose content is another one though size and time are the same."""
         self._catalog = catalog
         self._fingerprint = model.fingerprint
         self._dim = model.dim
@@ -65,6 +68,7 @@ class Embedding:
         self._encoder_for = encoder_for
         self._encoder: Encoder | None = None
         self._keys = keys
+        self._hash_algorithm = catalog.meta("content_hash")
         self._workers = workers
         self._max_pixels = pixel_budget(workers)
         # Guards the three below together with the catalog's rows they stand for.
@@ -89,7 +93,7 @@ class Embedding:
         """Read all; whatever ends this early, what was embedded is saved."""
         self._began = self._saved = time.monotonic()
         ahead = max(2 * self._workers, min(16 * self._workers, _AHEAD_BYTES // (3 * self._fit.image_size**2)))
-        results = in_threads(self._read, wanted, workers=self._workers, ahead=ahead)
+        results = in_threads(self._read, readings(wanted), workers=self._workers, ahead=ahead)
         assert isinstance(results, Generator)
         try:
             for result in results:
@@ -104,14 +108,18 @@ class Embedding:
             results.close()
             self._save()
 
-    def _read(self, wanted: Wanted) -> _Read:
+    def _read(self, reading: Reading) -> _Read:
         """Runs in a reader thread."""
-        row = FileRow(wanted.root, wanted.found.path, wanted.found.size, wanted.found.mtime_ns, None, UNREADABLE)
+        wanted, found = reading.wanted, reading.wanted.found
+        row = FileRow(
+            wanted.root, found.path, found.size, found.mtime_ns, None, UNREADABLE,
+            member=found.member, metadata=found.metadata,
+        )  # fmt: skip
         try:
-            stable = read_stable(wanted.path)
+            stable = reading.stable_bytes()
         except BadImage as bad:
             return _Read(wanted, row, Content(bad.status, bad.reason, None, None))
-        content = content_hash(stable.data)
+        content = content_hash(stable.data, self._hash_algorithm)
         row = replace(row, size=len(stable.data), mtime_ns=stable.mtime_ns, content_hash=content)
         with self._lock:
             known = self._known(content)
@@ -160,7 +168,7 @@ class Embedding:
             yield
 
     def _store(self, results: list[_Read], vectors: np.ndarray) -> None:
-        contents = [(r.row.content_hash or "", r.row.width or 0, r.row.height or 0) for r in results]
+        contents = [(r.row.content_hash or "", 0, r.row.width or 0, r.row.height or 0) for r in results]
         with self._lock:
             self._catalog.put_vectors(contents, vectors, fingerprint=self._fingerprint)
             self.n_embedded += len(results)
@@ -188,7 +196,9 @@ class Embedding:
         for each in results:
             row = replace(each.row, status=status, reason=reason, width=width, height=height, decoders=tried)
             rows.append(row)
-            self.outcomes[each.wanted.outcome(row)] += 1
+            outcome = each.wanted.outcome(row)
+            self.outcomes[outcome] += 1
+            self.n_altered += outcome == "changed" and each.wanted.verified
         self._under_way.discard(content_hash or "")
         self._n_unsaved += len(rows)
         return rows
