@@ -221,7 +221,7 @@ def _open(location: str) -> Iterator[tarfile.TarFile]:
             file = importlib.import_module(compression).open(location, "rb")
         except ModuleNotFoundError as error:
             raise DinosearchError(
-                f"this Python cannot read {location} ({compression} is missing). Decompress it first, or use a newer Python"
+                f"this Python cannot read {location} ({compression} is missing). Decompress it, or use a newer Python"
             ) from error
     with file, tarfile.open(fileobj=file, mode="r:" if compression is None else "r|", tarinfo=_Header) as tar:
         yield tar
