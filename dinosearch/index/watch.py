@@ -177,6 +177,6 @@ class _Changes:
 
     def _counts(self, path: str) -> bool:
         """Names of images, and what has no ending: folders that came, went or got another name."""
-        if path.startswith(f"{self._index}{os.sep}"):
+        if path.startswith(f"{self._index}{os.sep}") or f"{self._index}{os.sep}".startswith(f"{path}{os.sep}"):
             return False
         return is_image_name(path) or "." not in os.path.basename(path) or os.path.isdir(path)  # noqa: PTH119, PTH112
