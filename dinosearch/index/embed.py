@@ -24,11 +24,12 @@ from dinosearch.images.decode import BadImage, Fit
 from dinosearch.images.read import in_threads
 from dinosearch.images.source import StableBytes
 from dinosearch.images.workers import DecodePool, OpenFile
-from dinosearch.index.catalog import OK, UNREADABLE, Catalog, Content, FileRow
+from dinosearch.index.catalog import Catalog
 from dinosearch.index.compare import Wanted
 from dinosearch.index.limits import Limits
 from dinosearch.index.pace import Pace
 from dinosearch.index.reading import Reading, readings
+from dinosearch.index.rows import OK, UNREADABLE, Content, FileRow
 
 if TYPE_CHECKING:
     from dinosearch.encoder import Encoder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,10 +10,10 @@ from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BadImage
 from dinosearch.images.names import is_image_name
 from dinosearch.images.read import read_stable
-from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, ScanOptions, Source, StableBytes
+from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, Source, StableBytes
 from dinosearch.images.sources.files import FilesSource
 from dinosearch.images.sources.folder import FolderSource
-from dinosearch.images.sources.glob import GlobSource, PatternWalk, is_pattern, split_pattern
+from dinosearch.images.sources.glob import GlobSource, absolute_pattern, is_pattern
 from dinosearch.images.sources.lists import ListSource, is_text
 from dinosearch.images.sources.remote import RemoteSource, fetch, is_url, open_files
 from dinosearch.images.sources.tables import TABLE_EXTENSIONS, TableSource
@@ -52,14 +51,15 @@ def open_source(spec: str) -> list[Source]:
         raise DinosearchError(f"no folder or file {spec}. Check the path; what is indexed of it stays as it is")
     folder, name = os.path.split(spec)
     location = os.path.join(os.path.realpath(folder), name)  # noqa: PTH118 - surrogate escapes pass
-    if is_image_name(name):
-        return [FilesSource(os.path.realpath(folder), [name])]
-    if name.lower().endswith(ARCHIVE_EXTENSIONS):
-        return [known_source("archive", location)]
-    if name.lower().endswith(TABLE_EXTENSIONS):
-        return [TableSource(location)]
-    if path.is_file() and is_text(location):
-        return [ListSource(location)]
+    if path.is_file():  # and no pipe, whatever its name
+        if is_image_name(name):
+            return [FilesSource(os.path.realpath(folder), [name])]
+        if name.lower().endswith(ARCHIVE_EXTENSIONS):
+            return [known_source("archive", location)]
+        if name.lower().endswith(TABLE_EXTENSIONS):
+            return [TableSource(location)]
+        if is_text(location):
+            return [ListSource(location)]
     raise DinosearchError(
         f"{spec} is no folder, image, list of paths (text), table (.csv, .tsv, .parquet) or archive "
         "(.zip, .tar, .tar.gz …). Give one of these; its name says which it is"
@@ -91,13 +91,15 @@ def read_image(path: str) -> StableBytes:
 
 
 def _matching(pattern: str) -> list[Source]:
-    base, parts = split_pattern(pattern if pattern.startswith("/") else f"./{pattern}")
-    real = os.path.realpath(base)
-    found = [path for path, _ in PatternWalk(base, ScanOptions()).files(parts)]
-    archives = sorted((path for path in found if path.lower().endswith(ARCHIVE_EXTENSIONS)), key=os.fsencode)
-    sources = [known_source("archive", os.path.join(real, path)) for path in archives]  # noqa: PTH118
+    source = GlobSource(absolute_pattern(pattern))
+    found = sorted(source.paths(), key=os.fsencode)
+    sources: list[Source] = [
+        known_source("archive", os.path.join(source.base, path))  # noqa: PTH118 - surrogate escapes pass
+        for path in found
+        if path.lower().endswith(ARCHIVE_EXTENSIONS)
+    ]
     if any(is_image_name(path) for path in found):
-        sources.append(GlobSource("/".join([glob.escape(real.rstrip("/")), *parts])))
+        sources.append(source)
     if not sources:
         raise DinosearchError(f"no image or archive matches {pattern}. Check the pattern; ** stands for any folders")
     return sources

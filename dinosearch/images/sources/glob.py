@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -25,12 +26,16 @@ class GlobSource(LocalFiles):
     kind = "glob"
 
     def __init__(self, location: str) -> None:
-        base, self._parts = split_pattern(location)
+        base, self._parts = _split(location)
         super().__init__(location, base=base)
+
+    def paths(self) -> list[str]:
+        """All regular files that match, images or not."""
+        return [path for path, _ in _Walk(self.base, ScanOptions()).files(self._parts)]
 
     def scan(self, options: ScanOptions, *, note: Callable[[str], None]) -> Scan:  # noqa: ARG002
         excluded = exclusion_test(options)
-        walk = PatternWalk(self.base, options)
+        walk = _Walk(self.base, options)
         images = [
             FoundImage(path, facts.st_size, facts.st_mtime_ns)
             for path, facts in walk.files(self._parts)
@@ -43,12 +48,14 @@ def is_pattern(spec: str) -> bool:
     return re.search(r"[*?\[]", spec) is not None
 
 
-def split_pattern(pattern: str) -> tuple[str, list[str]]:
-    """The folder that a pattern begins with, and its remaining parts.
+def absolute_pattern(pattern: str) -> str:
+    """By which the pattern is known wherever it is typed; links in its plain beginning are resolved."""
+    base, parts = _split(pattern if pattern.startswith("/") else f"./{pattern}")
+    return "/".join([glob.escape(os.path.realpath(base).rstrip("/")), *parts])
 
-    >>> split_pattern("/data/photos/**/*.png")
-    ('/data/photos', ['**', '*.png'])
-    """
+
+def _split(pattern: str) -> tuple[str, list[str]]:
+    """The folder that a pattern begins with, and its remaining parts: /data/**/*.png is /data and [**, *.png]."""
     parts = pattern.split("/")
     first = next((at for at, part in enumerate(parts) if is_pattern(part)), len(parts) - 1)
     rest = [part for part in parts[first:] if part]
@@ -57,7 +64,7 @@ def split_pattern(pattern: str) -> tuple[str, list[str]]:
     return "/".join(parts[:first]) or "/", rest
 
 
-class PatternWalk:
+class _Walk:
     """One walk below a folder; remembers which folders could not be listed."""
 
     def __init__(self, base: str, options: ScanOptions) -> None:
