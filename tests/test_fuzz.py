@@ -91,13 +91,14 @@ def test_every_one_of_many_mutated_files_ends_in_a_state(form):
     fuzz(form, 3000, seed=1)
 
 
-def png_header(width: int, height: int) -> bytes:
-    """The beginning of a PNG whose pixels would be there if it went on."""
+def png_bomb(width: int, height: int) -> bytes:
+    """A PNG of a kilobyte that announces many pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    ihdr = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", zlib.compress(bytes(10_000)))
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def hostile_folder(tmp_path, photos):
         "text.jpg": b"I am a text\n",
         "half header.jpg": jpeg[:10],
         "half header.png": png[:20],
-        "bomb.png": png_header(60_000, 60_000) + b"\0" * 1000,
+        "bomb.png": png_bomb(60_000, 60_000),
         "postscript.png": encoded(photo, "EPS"),
     }
     for name, data in bad.items():
