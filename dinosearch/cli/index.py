@@ -87,7 +87,7 @@ def index(
     vit = resolve_model(model, models=models_path(), note=show.note, image_size=image_size)
     show.note(f"index: {show.shown(index_path)}")
 
-    started: "list[Encoder]" = []  # one for all syncs of --watch
+    started: list[Encoder] = []  # one for all syncs of --watch
 
     def start_encoder(planned_images: int) -> "Encoder":
         from dinosearch.encoder import open_encoder
