@@ -73,7 +73,8 @@ CREATE TABLE generations (
     stamp TEXT NOT NULL,
     n INTEGER NOT NULL,
     max_id INTEGER NOT NULL,
-    recall_at_10 REAL
+    recall_at_10 REAL,
+    details TEXT
 );
 """
 # Files that a search can return: readable ones whose content has a vector of the answering model.
@@ -155,6 +156,8 @@ class Generation:
     n: int
     max_id: int
     recall_at_10: float | None
+    details: str | None = None
+    """JSON: what else was written and measured; see generation.Details."""
 
 
 class Catalog:
@@ -331,11 +334,16 @@ class Catalog:
 
     def vector_blocks(self, *, fingerprint: str, after: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids int64 [n], rising, and unit vectors float32 [n, dim] of a model, a block at a time."""
+        for ids, halves in self.half_blocks(fingerprint=fingerprint, after=after):
+            yield ids, unit(halves)
+
+    def half_blocks(self, *, fingerprint: str, after: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As `vector_blocks`, with the vectors as they are stored: float16, of which `unit` makes what is given out."""
         # The + keeps SQLite from gathering by fingerprint and sorting for every block.
         query = "SELECT id, vector FROM vectors WHERE +fingerprint = ? AND id > ? ORDER BY id LIMIT ?"
         while rows := self._rows(query, (fingerprint, after, _BLOCK)):
             ids = np.array([number for number, _ in rows], dtype=np.int64)
-            yield ids, _unit([vector for _, vector in rows])
+            yield ids, _halves([vector for _, vector in rows])
             after = int(ids[-1])
 
     def live_vectors(self) -> Iterator[tuple[list[LiveFile], np.ndarray]]:
@@ -348,15 +356,15 @@ class Catalog:
             files.append(LiveFile(roots[root], _path_of(path), number))
             blobs.append(blob)
             if len(files) == _BLOCK:
-                yield files, _unit(blobs)
+                yield files, unit(_halves(blobs))
                 files, blobs = [], []
         if files:
-            yield files, _unit(blobs)
+            yield files, unit(_halves(blobs))
 
     def generation(self) -> Generation | None:
         """The newest FAISS file of the answering model."""
         rows = self._rows(
-            """SELECT number, fingerprint, file, kind, size, checksum, stamp, n, max_id, recall_at_10
+            """SELECT number, fingerprint, file, kind, size, checksum, stamp, n, max_id, recall_at_10, details
             FROM generations WHERE fingerprint = ? ORDER BY number DESC LIMIT 1""",
             (self.fingerprint,),
         )
@@ -436,7 +444,7 @@ class Catalog:
     def put_generation(self, generation: Generation) -> None:
         """Name a FAISS file that is complete on the disk; the ones before the last two are forgotten."""
         # The fields are named and ordered as the columns are.
-        self._write("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [astuple(generation)])
+        self._write("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [astuple(generation)])
         self._write("DELETE FROM generations WHERE number <= ? - 2", [(generation.number,)])
 
     def set_model(self, *, fingerprint: str, model: str, dim: int) -> None:
@@ -495,6 +503,13 @@ class Catalog:
 def is_index(index_path: Path) -> bool:
     """Whether a folder holds a catalog, be it one that was only begun."""
     return (index_path / FILE_NAME).is_file()
+
+
+def unit(halves: np.ndarray) -> np.ndarray:
+    """Stored float16 vectors as float32 [n, dim] of unit length, which rounding had changed by up to 5e-4."""
+    vectors = halves.astype(np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
 @contextmanager
@@ -603,9 +618,5 @@ def _path_of(stored: str | bytes) -> str:
     return os.fsdecode(stored) if isinstance(stored, bytes) else stored
 
 
-def _unit(blobs: list[bytes]) -> np.ndarray:
-    """Stored float16 vectors as float32 [n, dim] of unit length, which rounding had changed by up to 5e-4."""
-    halves = np.frombuffer(b"".join(blobs), dtype=np.float16).reshape(len(blobs), -1)
-    vectors = halves.astype(np.float32)
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+def _halves(blobs: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(blobs), dtype=np.float16).reshape(len(blobs), -1)

@@ -22,7 +22,7 @@ from dinosearch.images.decode import BadImage, content_hash
 from dinosearch.images.find import Scan, find_images
 from dinosearch.images.machine import n_cores
 from dinosearch.images.read import in_threads
-from dinosearch.index import vectors
+from dinosearch.index import generation
 from dinosearch.index.catalog import OK, Catalog, StoredFile, is_index
 from dinosearch.index.compare import Changes, DecoderKeys, Wanted, compare, match_moves, refuse_mass_deletion
 from dinosearch.index.embed import Embedding, decoder_keys, read_stable
@@ -260,13 +260,13 @@ def _progress_of(embedding: Embedding, total: int) -> SyncProgress:
 
 def _finish(catalog: Catalog, model: ModelFolder, *, prune: bool) -> None:
     """Let `model` answer, from a FAISS file that has all its vectors, from one commit on."""
-    wanted = vectors.wanted_generation(catalog, model.fingerprint)
+    wanted = generation.wanted_generation(catalog, model.fingerprint)
     if catalog.fingerprint != model.fingerprint:
         catalog.set_model(fingerprint=model.fingerprint, model=model.name, dim=model.dim)
     n_pruned = catalog.prune() if prune else 0
     if (wanted or n_pruned) and catalog.n_vectors(fingerprint=model.fingerprint):
-        catalog.put_generation(vectors.write_generation(catalog, fingerprint=model.fingerprint, dim=model.dim))
+        catalog.put_generation(generation.write_generation(catalog, fingerprint=model.fingerprint, dim=model.dim))
     catalog.commit()
-    vectors.remove_old_generations(catalog)
+    generation.remove_old_generations(catalog)
     if n_pruned:
         catalog.compact()
