@@ -77,8 +77,11 @@ def in_a_process(images: Path, index: Path, dim: int) -> dict[str, float]:
     code = f"""
 import dataclasses, json
 from pathlib import Path
+from dinosearch.index.sync import sync_index
 from dinosearch.vit.folder import ModelFolder
-model = ModelFolder(arch="none", arch_kwargs={{}}, image_size=8, path=Path("model"), dim={dim}, fingerprint={"0" * 16!r})
+model = ModelFolder(
+    arch="none", arch_kwargs={{}}, image_size=8, path=Path("model"), dim={dim}, fingerprint={"0" * 16!r}
+)
 for progress in sync_index([Path({str(images)!r})], index_path=Path({str(index)!r}), model=model, encoder_for=None):
     pass
 print(json.dumps(dataclasses.asdict(progress.summary)))

@@ -19,8 +19,8 @@ _LEAST_FREE = 1 << 20  # bytes; with less, SQLite fails to grow the files beside
 def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     """Open a database that exists.
 
-    To be read, as immutable where SQLite's files beside it cannot be made: in a read-only folder, or on a full disk if no
-    write-ahead log is left over.
+    To be read, as immutable where SQLite's files beside it cannot be made: in a read-only folder, or on a full disk if
+    no write-ahead log is left over.
     """
     address = path.resolve().as_uri()
     if writable:
