@@ -325,11 +325,16 @@ class Catalog:
 
     def vector_blocks(self, *, fingerprint: str, after: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids int64 [n], rising, and unit vectors float32 [n, dim] of a model, a block at a time."""
+        for ids, halves in self.half_blocks(fingerprint=fingerprint, after=after):
+            yield ids, unit(halves)
+
+    def half_blocks(self, *, fingerprint: str, after: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As `vector_blocks`, with the vectors as they are stored: float16, of which `unit` makes what is given out."""
         # The + keeps SQLite from gathering by fingerprint and sorting for every block.
         query = "SELECT id, vector FROM vectors WHERE +fingerprint = ? AND id > ? ORDER BY id LIMIT ?"
         while rows := self._rows(query, (fingerprint, after, _BLOCK)):
             ids = np.array([number for number, _ in rows], dtype=np.int64)
-            yield ids, _unit([vector for _, vector in rows])
+            yield ids, _halves([vector for _, vector in rows])
             after = int(ids[-1])
 
     def live_vectors(self) -> Iterator[tuple[list[LiveFile], np.ndarray]]:
@@ -342,10 +347,10 @@ class Catalog:
             files.append(LiveFile(root, self._path_of(path), member, frame, number))
             blobs.append(blob)
             if len(files) == _BLOCK:
-                yield files, _unit(blobs)
+                yield files, unit(_halves(blobs))
                 files, blobs = [], []
         if files:
-            yield files, _unit(blobs)
+            yield files, unit(_halves(blobs))
 
     def generation(self) -> Generation | None:
         """The newest FAISS file of the answering model."""
@@ -575,6 +580,13 @@ def is_index(index_path: Path) -> bool:
     return (index_path / FILE_NAME).is_file()
 
 
+def unit(halves: np.ndarray) -> np.ndarray:
+    """Stored float16 vectors as float32 [n, dim] of unit length, which rounding had changed by up to 5e-4."""
+    vectors = halves.astype(np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+
+
 def _bring_forward(index_path: Path, note: Callable[[str], None]) -> None:
     """Migrate the catalog for a reader: it is a matter of milliseconds, once."""
     if not os.access(index_path, os.W_OK):
@@ -599,9 +611,5 @@ def _stored(path: str) -> str | bytes:
     return path
 
 
-def _unit(blobs: list[bytes]) -> np.ndarray:
-    """Stored float16 vectors as float32 [n, dim] of unit length, which rounding had changed by up to 5e-4."""
-    halves = np.frombuffer(b"".join(blobs), dtype=np.float16).reshape(len(blobs), -1)
-    vectors = halves.astype(np.float32)
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+def _halves(blobs: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(blobs), dtype=np.float16).reshape(len(blobs), -1)

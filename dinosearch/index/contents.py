@@ -10,17 +10,29 @@ from typing import NamedTuple
 import numpy as np
 
 from dinosearch.index.catalog import Catalog
+from dinosearch.index.generation import details_of
 from dinosearch.index.sources import FollowedSources
 
 
 @dataclass(frozen=True)
 class FaissInfo:
-    """The FAISS file of an index."""
+    """What searches an index; measured when it was written."""
 
     type: str
+    """FAISS's name of it, as its index_factory takes it."""
     recall_at_10: float | None
-    """Share of the 10 nearest found, measured against brute force when the file was written."""
+    """Share of the 10 nearest found, against brute force on held-out vectors."""
     bytes_per_image: float
+    """On disk, with the exact vectors."""
+    exact: bool
+    """Every vector is compared; else the best candidates are."""
+    p50_ms: float | None
+    p95_ms: float | None
+    """Latency of a single query."""
+    parameters: dict[str, int] | None
+    """What the type was tuned to: lists looked into (nprobe), candidates compared exactly (rerank)."""
+    recall_target: float | None
+    """What it was tuned for."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +100,16 @@ def index_info(index_path: Path) -> IndexInfo:
         fingerprint, generation = catalog.fingerprint, catalog.generation()
         faiss = None
         if generation is not None:
+            details = details_of(generation)
             faiss = FaissInfo(
-                generation.kind, generation.recall_at_10, round(generation.size / max(1, generation.n), 1)
+                type=generation.kind,
+                recall_at_10=generation.recall_at_10,
+                bytes_per_image=details.bytes_per_image or round(generation.size / max(1, generation.n), 1),
+                exact=details.exact,
+                p50_ms=details.p50_ms,
+                p95_ms=details.p95_ms,
+                parameters=details.parameters,
+                recall_target=details.target,
             )
         roots = catalog.roots().values()
         return IndexInfo(

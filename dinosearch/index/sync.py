@@ -24,7 +24,7 @@ from dinosearch.images.machine import n_cores
 from dinosearch.images.read import in_threads
 from dinosearch.images.source import FoundImage, Source
 from dinosearch.images.sources import known_source
-from dinosearch.index import vectors
+from dinosearch.index import generation
 from dinosearch.index.catalog import Catalog, is_index
 from dinosearch.index.compare import Changes, DecoderKeys, View, Wanted, compare, match_moves, refuse_mass_deletion
 from dinosearch.index.embed import Embedding, decoder_keys
@@ -361,13 +361,13 @@ def _progress_of(embedding: Embedding, total: int) -> SyncProgress:
 
 def _finish(catalog: Catalog, model: ModelFolder, *, prune: bool) -> None:
     """Let `model` answer, from a FAISS file that has all its vectors, from one commit on."""
-    wanted = vectors.wanted_generation(catalog, model.fingerprint)
+    wanted = generation.wanted_generation(catalog, model.fingerprint)
     if catalog.fingerprint != model.fingerprint:
         catalog.set_model(fingerprint=model.fingerprint, model=model.name, dim=model.dim)
     n_pruned = catalog.prune() if prune else 0
     if (wanted or n_pruned) and catalog.n_vectors(fingerprint=model.fingerprint):
-        catalog.put_generation(vectors.write_generation(catalog, fingerprint=model.fingerprint, dim=model.dim))
+        catalog.put_generation(generation.write_generation(catalog, fingerprint=model.fingerprint, dim=model.dim))
     catalog.commit()
-    vectors.remove_old_generations(catalog)
+    generation.remove_old_generations(catalog)
     if n_pruned:
         catalog.compact()

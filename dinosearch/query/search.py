@@ -89,9 +89,11 @@ class OpenIndex:
             for row, query in enumerate(pending):
                 ids, scores = candidates.ids[row], candidates.scores[row]
                 found = sorted(
-                    (-round(float(score), 6), os.fsencode(path), path)
-                    for number, score in zip(ids, scores, strict=True)
-                    for path in paths.get(int(number), ())
+                    {
+                        (-round(float(score), 6), os.fsencode(path), path)
+                        for number, score in zip(ids, scores, strict=True)
+                        for path in paths.get(int(number), ())
+                    }  # a set, because one path may be reached through two roots
                 )[:top]
                 answers[query] = [Match(rank, path, -score) for rank, (score, _, path) in enumerate(found, start=1)]
                 # What was not fetched scores no more than the last candidate; it must not tie with the last match.
