@@ -26,7 +26,7 @@ import numpy as np
 from dinosearch.errors import IndexNotFound, IndexUnusable
 from dinosearch.images.source import UNTRUSTED_TIME
 from dinosearch.index import database
-from dinosearch.index.database import explained
+from dinosearch.index.database import damaged, explained
 from dinosearch.index.lock import writer_lock
 from dinosearch.index.rows import (
     OK,
@@ -141,7 +141,10 @@ class Catalog:
 
     def meta(self, key: str) -> str:
         """A fact of the whole index: created, fingerprint, model, dim, content_hash."""
-        return str(self._rows("SELECT value FROM meta WHERE key = ?", (key,))[0][0])
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
+        if not rows:
+            raise damaged(self.path, f"it does not say its {key}")
+        return str(rows[0][0])
 
     def shard(self) -> str | None:
         """i/n, if the index is one of n parts."""
@@ -156,10 +159,13 @@ class Catalog:
     def roots(self) -> dict[int, Root]:
         """Sources this index follows, by number."""
         rows = self._rows("SELECT id, kind, path, options, stamp FROM roots ORDER BY id")
-        return {
-            number: Root(number, kind, _path_of(location), _options_of(options), stamp)
-            for number, kind, location, options, stamp in rows
-        }
+        try:
+            return {
+                number: Root(number, kind, self._path_of(location), _options_of(options), stamp)
+                for number, kind, location, options, stamp in rows
+            }
+        except (ValueError, TypeError) as error:
+            raise damaged(self.path, str(error)) from error
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -169,6 +175,12 @@ class Catalog:
             yield
         finally:
             self.rollback()
+
+    def check(self) -> None:
+        """Look through the whole catalog. Raises IndexUnusable if any of it is damaged."""
+        [(found,)] = self._rows("PRAGMA integrity_check(1)")
+        if found != "ok":
+            raise damaged(self.path, found)
 
     def data_version(self) -> int:
         """A number that changes when another connection has committed."""
@@ -190,7 +202,7 @@ class Catalog:
         )
         for number, path, member, size, mtime_ns, content_hash, status, tried, metadata, frames in rows:
             yield StoredFile(
-                number, _path_of(path), member, size, mtime_ns, content_hash, status, tried, metadata, frames,
+                number, self._path_of(path), member, size, mtime_ns, content_hash, status, tried, metadata, frames,
                 status == OK and number not in lacking,
             )  # fmt: skip
 
@@ -238,7 +250,7 @@ class Catalog:
         if vector_ids is None:
             query = f"SELECT {fields} FROM {_LIVE} ORDER BY f.root, f.path, f.member, f.frame"
             yield from (
-                LiveFile(root, _path_of(path), *rest) for root, path, *rest in self._stream(query, (fingerprint,))
+                LiveFile(root, self._path_of(path), *rest) for root, path, *rest in self._stream(query, (fingerprint,))
             )
             return
         for start in range(0, len(vector_ids), 500):  # SQLite bounds the number of parameters
@@ -251,7 +263,7 @@ class Catalog:
                 WHERE v.id IN ({marks}) AND v.fingerprint = ? AND f.status = 'ok'""",
                 (*some, fingerprint),
             )
-            yield from (LiveFile(root, _path_of(path), *rest) for root, path, *rest in rows)
+            yield from (LiveFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
 
     def n_images(self) -> int:
         """Files that a search can return."""
@@ -282,7 +294,7 @@ class Catalog:
             """SELECT root, path, member, frame, status, reason FROM files WHERE status != 'ok'
             ORDER BY root, path, member, frame"""
         )
-        yield from (FailedFile(root, _path_of(path), *rest) for root, path, *rest in rows)
+        yield from (FailedFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
 
     def metadata_columns(self) -> list[str]:
         """Names of what tables say of their images."""
@@ -303,7 +315,7 @@ class Catalog:
         )
         for path, member, frame, size, mtime_ns, hashed, status, reason, w, h, tried, frames, metadata, vector in rows:
             known = (size, mtime_ns, hashed, status, reason, w, h, tried, member, frame, frames, metadata)
-            yield CopiedFile(FileRow(root, _path_of(path), *known), vector)
+            yield CopiedFile(FileRow(root, self._path_of(path), *known), vector)
 
     def n_vectors(self, *, fingerprint: str, after: int = 0) -> int:
         """Vectors of a model with an id above `after`."""
@@ -332,7 +344,7 @@ class Catalog:
         query = f"""SELECT f.root, f.path, f.member, f.frame, v.id, v.vector FROM {_LIVE}
             ORDER BY f.root, f.path, f.member, f.frame"""
         for root, path, member, frame, number, blob in self._stream(query, (self.fingerprint,)):
-            files.append(LiveFile(root, _path_of(path), member, frame, number))
+            files.append(LiveFile(root, self._path_of(path), member, frame, number))
             blobs.append(blob)
             if len(files) == _BLOCK:
                 yield files, unit(_halves(blobs))
@@ -548,6 +560,13 @@ class Catalog:
         with self._transaction():
             self._connection.executemany(statement, rows)
 
+    def _path_of(self, stored: str | bytes) -> str:
+        if isinstance(stored, str):
+            return stored
+        if isinstance(stored, bytes):
+            return os.fsdecode(stored)
+        raise damaged(self.path, "a path is no text")
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._lock, explained(self.path):
@@ -590,10 +609,6 @@ def _stored(path: str) -> str | bytes:
     except UnicodeEncodeError:
         return os.fsencode(path)
     return path
-
-
-def _path_of(stored: str | bytes) -> str:
-    return os.fsdecode(stored) if isinstance(stored, bytes) else stored
 
 
 def _halves(blobs: list[bytes]) -> np.ndarray:

@@ -114,6 +114,8 @@ def sync_index(
         surveys = [survey(source, None, options, shard=shard, note=note) for source in asked.values()]
     _make_folder(index_path)
     with writer_lock(index_path), _open_or_create(index_path, model, shard, note) as catalog:
+        if verify:
+            catalog.check()
         catalog.finish_erasure()
         shard = _own_shard(catalog, shard, note)
         roots = {root.location: root for root in catalog.roots().values()}
