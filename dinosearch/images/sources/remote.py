@@ -163,7 +163,7 @@ def _listing(files: Any, location: str) -> tuple[list[FoundImage], list[tuple[st
     found = files.find(root, detail=True)
     if not found:
         raise FileNotFoundError(root)
-    return [_found(name[len(root) :].lstrip("/"), facts) for name, facts in found.items()], []
+    return [_found(name[len(root) + 1 :], facts) for name, facts in found.items()], []
 
 
 def _web_listing(files: Any, root: str) -> tuple[list[FoundImage], list[tuple[str, str]]]:
