@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dinosearch.index.catalog import Catalog, FileRow
+from dinosearch.index.catalog import Catalog
+from dinosearch.index.rows import FileRow
 
 MODEL = "f" * 16
 
@@ -32,9 +33,9 @@ def catalog_of(folder: Path, vectors: np.ndarray) -> Iterator[Catalog]:
 
 
 def add(catalog: Catalog, vectors: np.ndarray, *, start: int = 0) -> None:
-    root = catalog.add_root(catalog.path.parent)
+    root = catalog.add_root("folder", str(catalog.path.parent))
     names = [f"{i:06}" for i in range(start, start + len(vectors))]
-    catalog.put_vectors([(name, 1, 1) for name in names], vectors, fingerprint=MODEL)
+    catalog.put_vectors([(name, 0, 1, 1) for name in names], vectors, fingerprint=MODEL)
     catalog.put_files(FileRow(root, name, 1, 1, name, "ok") for name in names)
     catalog.commit()
 

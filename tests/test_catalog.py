@@ -6,7 +6,10 @@ import pytest
 
 from dinosearch.errors import DinosearchError, IndexNotFound, IndexUnusable
 from dinosearch.index import catalog as catalog_module
-from dinosearch.index.catalog import FORMAT, Catalog, FileRow, network_file_system
+from dinosearch.index import database
+from dinosearch.index.catalog import Catalog, FileRow
+from dinosearch.index.database import network_file_system
+from dinosearch.index.schema import FORMAT
 
 DIM = 8
 
@@ -23,8 +26,8 @@ def unit(n, seed=0):
 
 
 def fill(catalog, n, *, root="/photos", fingerprint="f" * 16):
-    number = catalog.add_root(catalog_module.Path(root))
-    catalog.put_vectors([(f"{i:032x}", 4, 3) for i in range(n)], unit(n), fingerprint=fingerprint)
+    number = catalog.add_root("folder", root)
+    catalog.put_vectors([(f"{i:032x}", 0, 4, 3) for i in range(n)], unit(n), fingerprint=fingerprint)
     catalog.put_files(FileRow(number, f"{i}.png", 10, 20, f"{i:032x}", "ok", width=4, height=3) for i in range(n))
     return number
 
@@ -59,7 +62,7 @@ def test_vectors_are_read_in_blocks_that_miss_none(catalog, monkeypatch):
 
 def test_a_content_has_one_vector_a_model_and_it_stays(catalog):
     fill(catalog, 3)
-    catalog.put_vectors([(f"{0:032x}", 4, 3)], unit(1, seed=9), fingerprint="f" * 16)
+    catalog.put_vectors([(f"{0:032x}", 0, 4, 3)], unit(1, seed=9), fingerprint="f" * 16)
     [(_, vectors)] = catalog.vector_blocks(fingerprint="f" * 16)
     assert len(vectors) == 3
     assert np.allclose(vectors, unit(3), atol=1e-3)
@@ -76,13 +79,13 @@ def test_ids_of_pruned_vectors_are_never_used_again(catalog):
 
 
 def test_paths_that_are_not_utf8_are_kept_as_bytes(catalog, tmp_path):
-    number = catalog.add_root(catalog_module.Path(os.fsdecode(b"/ph\xf6tos")))
+    number = catalog.add_root("folder", os.fsdecode(b"/ph\xf6tos"))
     name = os.fsdecode(b"caf\xe9.png")
     catalog.put_files([FileRow(number, name, 1, 2, None, "unreadable", "why")])
     catalog.put_files([FileRow(number, "käse.png", 1, 2, None, "unreadable", "why")])
     catalog.commit()
     assert {stored.path for stored in catalog.stored_files(number, fingerprint="")} == {name, "käse.png"}
-    assert os.fsencode(catalog.roots()[number]) == b"/ph\xf6tos"
+    assert os.fsencode(catalog.roots()[number].location) == b"/ph\xf6tos"
     rows = sqlite3.connect(tmp_path / "catalog.sqlite").execute("SELECT typeof(path) FROM files ORDER BY 1").fetchall()
     assert rows == [("blob",), ("text",)]
 
@@ -96,7 +99,7 @@ def test_an_unreadable_file_keeps_the_hash_it_had(catalog):
 
 
 def test_a_failure_is_known_by_content_to_the_decoders_that_failed(catalog):
-    number = catalog.add_root(catalog_module.Path("/photos"))
+    number = catalog.add_root("folder", "/photos")
     catalog.put_files([FileRow(number, "a", 1, 2, "aa", "corrupt", "why", decoders="old")])
     catalog.put_files([FileRow(number, "b", 1, 2, "bb", "too-large", "big", decoders="old 100")])
 
@@ -168,7 +171,7 @@ def test_local_disks_get_a_write_ahead_log_and_network_disks_do_not(tmp_path, mo
     with Catalog.create(tmp_path, fingerprint="f", model="m", dim=DIM) as catalog:
         assert catalog._rows("PRAGMA journal_mode") == [("wal",)]
         assert catalog._rows("PRAGMA synchronous") == [(2,)]
-    monkeypatch.setattr(catalog_module, "network_file_system", lambda _: "nfs4")
+    monkeypatch.setattr(database, "network_file_system", lambda _: "nfs4")
     notes = []
     with Catalog.open(tmp_path, writable=True, note=notes.append) as catalog:
         assert catalog._rows("PRAGMA journal_mode") == [("delete",)]

@@ -314,7 +314,19 @@ class TestProbe:
 
 def test_info(indexed):
     (row,) = json_of("info", cwd=indexed)
-    assert list(row) == ["index", "images", "vectors", "failed", "model", "fingerprint", "roots", "faiss"]
+    assert list(row) == [
+        "index",
+        "images",
+        "vectors",
+        "failed",
+        "model",
+        "fingerprint",
+        "roots",
+        "sources",
+        "metadata",
+        "shard",
+        "faiss",
+    ]
     assert (row["index"], row["images"], row["failed"], row["roots"]) == ("catalog", 30, 0, ["catalog"])
     assert row["faiss"].keys() >= {"type", "recall_at_10", "bytes_per_image", "exact", "p50_ms", "p95_ms", "parameters"}
     assert (row["faiss"]["type"], row["faiss"]["exact"], row["faiss"]["recall_at_10"]) == ("Flat", True, 1.0)

@@ -12,7 +12,7 @@ import pytest
 from conftest import encoded
 from PIL import ExifTags, Image
 
-from dinosearch.images import BadImage, Fit, content_hash, decode, decode_rgb, decoders, machine, pixel_budget
+from dinosearch.images import BadImage, Fit, Frames, content_hash, decode, decode_rgb, decoders, machine, pixel_budget
 from dinosearch.images.decode import UPRIGHT
 
 FIT = Fit(image_size=48)
@@ -252,8 +252,9 @@ def test_the_content_decides_not_the_name(tmp_path, photos):
     assert decode(path.read_bytes(), FIT).width == 640
 
 
-def test_heic_without_its_plugin_says_what_to_install():
-    with pytest.raises(BadImage, match="pip install pillow-heif") as caught:
+def test_heic_without_its_plugin_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(sys.modules["dinosearch.images.decode"], "_heif_installed", lambda: False)
+    with pytest.raises(BadImage, match=r"pip install 'dinosearch\[heif\]'") as caught:
         decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99, FIT)
     assert caught.value.status == "unsupported"
 
@@ -276,8 +277,40 @@ def test_the_budget_follows_memory_and_workers(monkeypatch):
     assert machine.memory_bytes() > 0
 
 
-def test_content_hash_is_blake2b_of_128_bits():
-    assert content_hash(b"") == "cae66941d9efbd404e4d88758ea67670"
+def test_content_hash_is_blake3_of_128_bits_or_the_older_blake2b():
+    assert content_hash(b"") == "af1349b9f5f9a1a6a0404dea36dcc949"
+    assert content_hash(b"", "blake2b") == "cae66941d9efbd404e4d88758ea67670"
+
+
+@pytest.mark.parametrize("form", ["GIF", "TIFF", "WEBP", "PNG", "AVIF", "HEIF"])
+def test_further_frames_are_had_by_number_and_in_any_order(form):
+    if form == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "lime")]
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+    opened = Frames(data, Fit(8))
+    assert opened.count() == 3
+    for k in (0, 2, 1):
+        wanted = np.asarray(frames[k].resize((8, 8)))
+        assert close(opened.picture(k).pixels, wanted, mean=5)
+        assert close(decode(data, Fit(8), frame=k).pixels, wanted, mean=5)
+    with pytest.raises(BadImage):
+        opened.picture(3)
+
+
+def test_pages_of_a_document_are_each_held_to_the_budget():
+    pages = [Image.new("L", size) for size in ((20, 20), (200, 200))]
+    opened = Frames(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]), FIT, max_pixels=1000)
+    assert opened.picture(0).width == 20
+    with pytest.raises(BadImage) as caught:
+        opened.picture(1)
+    assert caught.value.status == "too-large"
+
+
+def test_a_jpeg_has_one_picture_whatever_else_it_holds(photos):
+    data = encoded(photos[0], "MPO", save_all=True, append_images=[photos[1]])
+    assert Frames(data, FIT).count() == 1
+    assert decode(data, FIT).width == 640
 
 
 def test_decoders_name_the_version_of_pillow():

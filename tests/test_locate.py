@@ -4,7 +4,12 @@ import pytest
 from indexing import Workshop, a_model, write_images
 
 from dinosearch.errors import IndexNotFound, UsageError
+from dinosearch.images.sources import known_source
 from dinosearch.index.locate import index_for, indexes_path, list_indexes, resolve_index
+
+
+def sources(path):
+    return [known_source("folder", str(path.resolve()))]
 
 
 def sync(root, index):
@@ -42,32 +47,32 @@ def test_a_folder_finds_its_index_again_under_whatever_name(tmp_path, monkeypatc
     indexes = tmp_path / "indexes"
     path = sync(tmp_path / "photos", indexes / "summer")
     monkeypatch.chdir(tmp_path)
-    assert index_for([Path("photos/../photos")], name=None, indexes=indexes) == path
-    assert index_for([tmp_path / "photos"], name="winter", indexes=indexes) == indexes / "winter"
+    assert index_for(sources(Path("photos/../photos")), name=None, indexes=indexes) == path
+    assert index_for(sources(tmp_path / "photos"), name="winter", indexes=indexes) == indexes / "winter"
 
 
 def test_another_folder_of_the_same_name_gets_a_number(tmp_path):
     indexes = tmp_path / "indexes"
-    assert index_for([tmp_path / "one" / "photos"], name=None, indexes=indexes) == indexes / "photos"
+    assert index_for(sources(tmp_path / "one" / "photos"), name=None, indexes=indexes) == indexes / "photos"
     sync(tmp_path / "one" / "photos", indexes / "photos")
-    second = index_for([tmp_path / "two" / "photos"], name=None, indexes=indexes)
+    second = index_for(sources(tmp_path / "two" / "photos"), name=None, indexes=indexes)
     assert second == indexes / "photos-2"
     sync(tmp_path / "two" / "photos", second)
-    assert index_for([tmp_path / "three" / "photos"], name=None, indexes=indexes) == indexes / "photos-3"
-    assert index_for([tmp_path / "two" / "photos"], name=None, indexes=indexes) == second
+    assert index_for(sources(tmp_path / "three" / "photos"), name=None, indexes=indexes) == indexes / "photos-3"
+    assert index_for(sources(tmp_path / "two" / "photos"), name=None, indexes=indexes) == second
 
 
 def test_an_index_that_was_only_begun_is_gone_on_with(tmp_path):
     begun = tmp_path / "indexes" / "photos"
     begun.mkdir(parents=True)
     (begun / "catalog.sqlite").touch()
-    assert index_for([tmp_path / "photos"], name=None, indexes=tmp_path / "indexes") == begun
+    assert index_for(sources(tmp_path / "photos"), name=None, indexes=tmp_path / "indexes") == begun
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "new\nline"])
 def test_a_name_must_be_a_file_name(tmp_path, name):
     with pytest.raises(UsageError, match="cannot be the name"):
-        index_for([tmp_path], name=name, indexes=tmp_path)
+        index_for(sources(tmp_path), name=name, indexes=tmp_path)
 
 
 def test_indexes_lie_where_the_environment_says(monkeypatch, tmp_path):

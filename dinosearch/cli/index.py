@@ -1,17 +1,21 @@
 """`index`, `info` and `failures`: build an index, and see what is in it."""
 
+import functools
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dinosearch.cli import show
 from dinosearch.cli.exits import SOME_FAILED
+from dinosearch.errors import UsageError
 
 if TYPE_CHECKING:
     from dinosearch.encoder import Encoder
+    from dinosearch.images.source import Source
     from dinosearch.index.sync import SyncProgress, SyncSummary
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -26,8 +30,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 def index(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of images, with all below them.")],
-    name: Annotated[str | None, typer.Option(help="Name of the index; the folder's name without.")] = None,
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Folders, archives, lists, tables, quoted globs or URLs.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Name of the index; the source's name without.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Name in models/, a folder, timm:NAME or a released file; the newest without.")
     ] = None,
@@ -38,23 +44,46 @@ def index(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Accept that more than a fifth of the files is gone.")
     ] = False,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Pass over paths like this, as in .gitignore; '' passes over none."),
+    ] = None,
+    include_hidden: Annotated[
+        bool | None, typer.Option("--include-hidden/--skip-hidden", help="Take names that begin with a dot too.")
+    ] = None,
+    all_pages: Annotated[
+        bool | None, typer.Option("--all-pages/--first-page", help="Take each page and frame, not only the first.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Take only this of N parts; merge makes one index of them.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow the sources until Ctrl-C, and take in what changes.")
+    ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read unchanged files too, to find altered ones.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Forget the vectors that no file needs any more.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Embed a folder of images into an index, or bring that index up to date.
+    """Embed images into an index, or bring that index up to date.
 
     Example: dinosearch index ./catalog
     """
-    from dinosearch.index.locate import index_for, indexes_path, require_folders
+    from dinosearch.images.sources import open_sources
+    from dinosearch.index.locate import index_for, indexes_path
+    from dinosearch.index.survey import GivenOptions, Shard
     from dinosearch.index.sync import sync_index
+    from dinosearch.index.watch import keep_synced
     from dinosearch.vit.folder import models_path
     from dinosearch.vit.resolve import resolve_model
 
-    require_folders(folders)
-    index_path = index_for(folders, name=name, indexes=indexes_path())
+    opened = open_sources(sources)
+    part = Shard.parse(shard) if shard else None
+    given = GivenOptions(None if exclude is None else tuple(filter(None, exclude)), include_hidden, all_pages)
+    index_path = index_for(opened, name=name, indexes=indexes_path(), shard=shard)
     vit = resolve_model(model, models=models_path(), note=show.note, image_size=image_size)
     show.note(f"index: {show.shown(index_path)}")
 
+    @functools.cache
     def start_encoder() -> "Encoder":
         from dinosearch.encoder import open_encoder
 
@@ -62,32 +91,28 @@ def index(
         show.note(f"engine: {encoder.engine}")
         return encoder
 
-    summary: SyncSummary | None = None
-    with show.Progress() as bar:
-        try:
-            sync = sync_index(
-                folders,
+    def sync(due: "Sequence[Source]", *, verify: bool = False) -> "SyncSummary":
+        return _shown_sync(
+            sync_index(
+                due,
                 index_path=index_path,
                 model=vit,
                 encoder_for=start_encoder,
+                options=given,
+                shard=part,
                 allow_deletions=yes,
+                verify=verify,
                 prune=prune,
                 note=show.note,
             )
-            with closing(sync):  # saves what was embedded, wherever Ctrl-C comes in
-                for progress in sync:
-                    bar.update(progress.stage, done=progress.done, total=progress.total, details=_details(progress))
-                    summary = progress.summary
-        except KeyboardInterrupt:
-            show.note("what was embedded is saved; the same command goes on from there")
-            raise
-    assert summary is not None
-    if as_json:
-        show.json_line(asdict(summary))
-    else:
-        _print_summary(summary)
+        )
+
+    summary = sync(opened, verify=verify)
+    _print_summary(summary, as_json=as_json)
+    if watch:
+        show.note("following; Ctrl-C ends it")
+        keep_synced(opened, lambda due: _print_changes(sync(due), as_json), index_path=index_path, note=show.note)
     if summary.failed:
-        show.note(f"{summary.failed} images failed: dinosearch failures --index {summary.index}")
         raise typer.Exit(SOME_FAILED)
 
 
@@ -99,29 +124,40 @@ def info(index: IndexOption = None, as_json: JsonOption = False) -> None:
     from dinosearch.index.contents import index_info
 
     facts = asdict(index_info(chosen_index(index)))
-    facts["roots"] = [show.shown(Path(root)) for root in facts["roots"]]
+    facts["roots"] = [show.shown(root) for root in facts["roots"]]
     if as_json:
         show.json_line(facts)
         return
     faiss = facts.pop("faiss") or {"type": "none yet"}
     facts["roots"] = ", ".join(facts["roots"])
+    facts["sources"] = ", ".join(_source_line(source) for source in facts["sources"])
+    facts["metadata"] = ", ".join(facts["metadata"])
     facts |= {f"faiss {key.replace('_', ' ')}": value for key, value in faiss.items()}
     show.table(["", "value"], facts.items(), wide=["value"])
 
 
-def failures(index: IndexOption = None, as_json: JsonOption = False) -> None:
+def failures(
+    index: IndexOption = None,
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header, for spreadsheets.")] = False,
+) -> None:
     """List the images of an index that could not be read, with the reason.
 
     Example: dinosearch failures --index catalog
     """
     from dinosearch.index.contents import failures as read_failures
 
-    rows = ((show.shown(Path(row.path)), row.status, row.reason) for row in read_failures(chosen_index(index)))
+    if as_json and as_csv:
+        raise UsageError("--json and --csv are two forms. Choose one")
+    rows = ((show.shown(row.path), row.status, row.reason, row.frame) for row in read_failures(chosen_index(index)))
     if as_json:
-        for path, status, reason in rows:
-            show.json_line({"path": path, "status": status, "reason": reason})
+        for path, status, reason, frame in rows:
+            known = {"path": path, "status": status, "reason": reason}
+            show.json_line(known | ({"frame": frame} if frame else {}))
+    elif as_csv:
+        show.csv(["path", "status", "reason", "frame"], rows)
     else:
-        show.table(["path", "status", "reason"], rows, wide=["path", "reason"])
+        show.table(["path", "status", "reason"], ((path, *rest) for path, *rest, _ in rows), wide=["path", "reason"])
 
 
 def chosen_index(spec: str | None) -> Path:
@@ -134,16 +170,48 @@ def chosen_index(spec: str | None) -> Path:
     return path
 
 
+def _source_line(source: dict[str, Any]) -> str:
+    options = [f"without {pattern}" for pattern in source["exclude"]]
+    options += ["with hidden names"] * source["include_hidden"] + ["every page"] * source["all_pages"]
+    return f"{source['kind']} {show.shown(source['location'])}" + (f" ({', '.join(options)})" if options else "")
+
+
 def _details(progress: "SyncProgress") -> str:
     speed = f"{progress.images_per_second:.0f} images/s" if progress.images_per_second else ""
     failed = f"{progress.failed} failed" if progress.failed else ""
     return "  ".join(part for part in (speed, failed) if part)
 
 
-def _print_summary(summary: "SyncSummary") -> None:
-    counts = ", ".join(
-        f"{getattr(summary, name)} {name}" for name in ("new", "changed", "moved", "unchanged", "deleted", "failed")
-    )
-    show.line(f"{summary.index}: {summary.images} images can be searched ({counts})")
-    speed = f", {summary.images_per_second:.0f} images/s" if summary.embedded else ""
-    show.line(f"{summary.embedded} embedded with {summary.model} in {show.duration(summary.seconds)}{speed}")
+def _shown_sync(sync: "Generator[SyncProgress, None, None]") -> "SyncSummary":
+    summary: SyncSummary | None = None
+    with show.Progress() as bar:
+        try:
+            with closing(sync):  # saves what was embedded, wherever Ctrl-C comes in
+                for progress in sync:
+                    bar.update(progress.stage, done=progress.done, total=progress.total, details=_details(progress))
+                    summary = progress.summary
+        except KeyboardInterrupt:
+            show.note("what was embedded is saved; the same command goes on from there")
+            raise
+    assert summary is not None
+    return summary
+
+
+def _print_summary(summary: "SyncSummary", *, as_json: bool) -> None:
+    if as_json:
+        show.json_line(asdict(summary))
+    else:
+        counts = ", ".join(
+            f"{getattr(summary, name)} {name}" for name in ("new", "changed", "moved", "unchanged", "deleted", "failed")
+        )
+        show.line(f"{summary.index}: {summary.images} images can be searched ({counts})")
+        speed = f", {summary.images_per_second:.0f} images/s" if summary.embedded else ""
+        show.line(f"{summary.embedded} embedded with {summary.model} in {show.duration(summary.seconds)}{speed}")
+    if summary.failed:
+        show.note(f"{summary.failed} images failed: dinosearch failures --index {summary.index}")
+
+
+def _print_changes(summary: "SyncSummary", as_json: bool) -> None:
+    """While following, a sync that found nothing is not worth a line."""
+    if summary.new or summary.changed or summary.moved or summary.deleted or summary.embedded:
+        _print_summary(summary, as_json=as_json)

@@ -25,6 +25,18 @@ def json_line(value: object) -> None:
     print(json.dumps(value, allow_nan=False))
 
 
+def csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A header and a line for each row; names that are not UTF-8 come out as the file system spells them."""
+    import csv
+    import io
+
+    for row in [columns, *rows]:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(row)
+        sys.stdout.buffer.write(os.fsencode(text.getvalue()))
+    sys.stdout.buffer.flush()
+
+
 def line(text: str) -> None:
     """A result for people."""
     print(text)
@@ -75,8 +87,10 @@ def error(text: str) -> None:
     _to_stderr(f"{head} {printable(text)}")
 
 
-def shown(path: Path) -> str:
-    """Relative to the current folder when below it, else absolute: what is printed can be opened."""
+def shown(path: Path | str) -> str:
+    """Relative to the current folder when below it, else absolute or a URL: what is printed can be opened."""
+    if "://" in str(path):
+        return str(path)
     absolute = os.path.normpath(Path.cwd() / path)
     here = f"{Path.cwd()}{os.sep}"
     return absolute.removeprefix(here) if absolute.startswith(here) else absolute

@@ -109,16 +109,20 @@ def _convert_into(model: ModelFolder, path: Path) -> Path:
 def _graph(model: ModelFolder) -> "openvino.Model":
     import torch
 
+    from dinosearch.encoder.shortcut import skip_unread_tokens
+
     openvino = import_openvino()
     from openvino.preprocess import PrePostProcessor
     from openvino.tools.ovc import convert_model
 
     side = model.image_size
+    vit = model.load_vit()
+    skip_unread_tokens(vit, image_size=side)
     example = torch.zeros(2, 3, side, side)
     with warnings.catch_warnings():
         # Tracing is deprecated in torch, but what OpenVINO converts; and all our inputs have one shape but for n.
         warnings.simplefilter("ignore")
-        graph = convert_model(model.load_vit(), example_input=example, input=[-1, 3, side, side])
+        graph = convert_model(vit, example_input=example, input=[-1, 3, side, side])
     steps = PrePostProcessor(graph)
     steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
     steps.input().model().set_layout(openvino.Layout("NCHW"))

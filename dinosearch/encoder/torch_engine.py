@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from dinosearch.encoder.shortcut import skip_unread_tokens
 from dinosearch.images import compiler_present
 from dinosearch.vit.folder import ModelFolder, Note
 
@@ -39,7 +40,9 @@ class TorchEngine:
         on_gpu = self._device.type == "cuda"
         self._precision = precision or (torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32)
         model.verify()
-        vit = model.load_vit().to(self._device, self._precision)
+        vit = model.load_vit()
+        skip_unread_tokens(vit, image_size=model.image_size)
+        vit = vit.to(self._device, self._precision)
         mean = torch.tensor(model.mean, device=self._device) * 255
         scale = 1 / (torch.tensor(model.std, device=self._device) * 255)
 

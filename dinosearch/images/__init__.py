@@ -3,6 +3,7 @@
 from dinosearch.images.decode import (
     BadImage,
     Fit,
+    Frames,
     Picture,
     content_hash,
     decode,
@@ -10,16 +11,19 @@ from dinosearch.images.decode import (
     decoders,
     pixel_budget,
 )
-from dinosearch.images.find import FoundImage, Scan, find_images
+from dinosearch.images.find import find_images
 from dinosearch.images.machine import compiler_present, memory_bytes, n_cores
-from dinosearch.images.read import in_threads, read_bytes
+from dinosearch.images.read import in_threads, read_bytes, read_stable
+from dinosearch.images.source import FoundImage, Scan, StableBytes
 
 __all__ = [
     "BadImage",
     "Fit",
     "FoundImage",
+    "Frames",
     "Picture",
     "Scan",
+    "StableBytes",
     "compiler_present",
     "content_hash",
     "decode",
@@ -31,4 +35,5 @@ __all__ = [
     "n_cores",
     "pixel_budget",
     "read_bytes",
+    "read_stable",
 ]

@@ -3,7 +3,8 @@
 `index`, `query` and training share it, so that the same picture always meets the model in the same way. What is done on
 purpose: the content decides the format, not the name; the header is checked against a pixel budget before anything is
 decoded; half an image is no image (never LOAD_TRUNCATED_IMAGES); EXIF orientation is applied; transparency is laid on
-white; 16-bit and floating-point images are scaled, not clipped; of several frames or pages the first one counts.
+white; 16-bit and floating-point images are scaled, not clipped; of several frames or pages the first one counts, unless
+others are asked for.
 """
 
 import functools
@@ -18,6 +19,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Literal
 
+import blake3
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, features
 from PIL import __version__ as pillow_version
@@ -71,6 +73,11 @@ PILLOW_ERRORS = (
     zlib.error,
 )
 """What Pillow's decoders let escape on malformed files."""
+
+MANY_FRAMED = frozenset({"GIF", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"})
+"""Formats whose frames or pages are pictures of their own; what else a JPEG holds are previews and gain maps."""
+MOST_FRAMES = 1000
+"""Further frames of a file are not looked at."""
 
 PAD_COLOUR = (124, 116, 104)
 """Borders of "pad": ImageNet's mean colour, which is about zero after the usual normalisation."""
@@ -140,28 +147,66 @@ class BadImage(Exception):
         """One line for people."""
 
 
-def content_hash(data: bytes) -> str:
-    """The identity of a file's content: 32 hex digits, BLAKE2b of 128 bits."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def content_hash(data: bytes, algorithm: str = "blake3") -> str:
+    """The identity of a file's content: 32 hex digits, of "blake3" or, as in older catalogs, "blake2b"."""
+    if algorithm == "blake2b":
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
+    assert algorithm == "blake3", algorithm
+    return blake3.blake3(data).hexdigest(length=16)
 
 
-def decode(data: bytes, fit: Fit, *, max_pixels: int | None = None) -> Picture:
-    """The upright square of an image file, resampled straight from the source.
+def decode(data: bytes, fit: Fit, *, frame: int = 0, max_pixels: int | None = None) -> Picture:
+    """The upright square of an image file, or of its frame or page `frame`, resampled straight from the source.
 
     `max_pixels` bounds width × height; None is the budget of a single worker. Raises BadImage.
     """
-    image = _open(data, max_pixels)
-    full_size = image.size
-    box = _draft(image, fit)
-    orientation = _load(image, data)
-    if box is None:
-        full_size = image.size  # Pillow turns TIFFs while loading
-        box = full_size
-    square = _square(_flatten(image), box, fit)
-    # All boxes are centred, so turning the square is the same as turning the image, and far cheaper.
-    upright = _turn(square.convert("RGB"), orientation)
-    width, height = full_size if orientation < 5 else full_size[::-1]
-    return Picture(np.asarray(upright), width, height)
+    return Frames(data, fit, max_pixels=max_pixels).picture(frame)
+
+
+class Frames:
+    """An open image file, decoded frame by frame: each costs what lies between it and the one before."""
+
+    def __init__(self, data: bytes, fit: Fit, *, max_pixels: int | None = None) -> None:
+        """Reads the header only. Raises BadImage."""
+        self._data = data
+        self._fit = fit
+        self._max_pixels = max_pixels
+        self._image = _open(data, max_pixels)
+
+    def count(self) -> int:
+        """How many frames or pages there are, at most MOST_FRAMES; 1 where they cannot be counted."""
+        if self._image.format not in MANY_FRAMED:
+            return 1
+        try:
+            return min(MOST_FRAMES, max(1, getattr(self._image, "n_frames", 1)))
+        except PILLOW_ERRORS:
+            return 1
+
+    def picture(self, frame: int = 0) -> Picture:
+        """Decode one frame; going back in a file costs as much as going on from its beginning. Raises BadImage."""
+        image = self._image
+        if frame != image.tell():
+            self._seek(frame)
+        full_size = image.size
+        box = None if frame else _draft(image, self._fit)
+        orientation = _load(image, self._data)
+        if box is None:
+            full_size = image.size  # Pillow turns TIFFs while loading
+            box = full_size
+        square = _square(_flatten(image), box, self._fit)
+        # All boxes are centred, so turning the square is the same as turning the image, and far cheaper.
+        upright = _turn(square.convert("RGB"), orientation)
+        width, height = full_size if orientation < 5 else full_size[::-1]
+        return Picture(np.asarray(upright), width, height)
+
+    def _seek(self, frame: int) -> None:
+        try:
+            self._image.seek(frame)
+        except PILLOW_ERRORS as error:
+            raise _bad(self._data, error) from error
+        except Image.DecompressionBombError as error:
+            raise BadImage("too-large", _first_line(error)) from error
+        _check_size(self._image, self._max_pixels)  # pages of a document have sizes of their own
 
 
 def decode_rgb(data: bytes, *, max_pixels: int | None = None) -> Image.Image:
@@ -203,18 +248,22 @@ def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
         raise _bad(data, error) from error
     except Image.DecompressionBombError as error:
         raise BadImage("too-large", _first_line(error)) from error
+    _check_size(image, max_pixels)
+    return image
+
+
+def _check_size(image: Image.Image, max_pixels: int | None) -> None:
     allowed = pixel_budget(1) if max_pixels is None else max_pixels
     width, height = image.size
     if width * height > allowed:
         raise BadImage("too-large", f"{width} × {height} pixels; at most {allowed / 1e6:.0f} million are decoded here")
-    return image
 
 
 def _sniff(data: bytes) -> str:
     """The name in Pillow's registry of the format that the content announces. Raises BadImage if none is read here."""
     if _is_heic(data):
         if not _heif_installed():
-            raise BadImage("unsupported", "HEIC; to read it: pip install pillow-heif")
+            raise BadImage("unsupported", "HEIC; to read it: pip install 'dinosearch[heif]'")
         return _register_heif()
     for name in FORMATS:
         importlib.import_module(f"PIL.{name.capitalize() if name != 'WEBP' else 'WebP'}ImagePlugin")
@@ -272,8 +321,6 @@ def _load(image: ImageFile.ImageFile, data: bytes) -> int:
     """Decode in place; the EXIF orientation that remains to be undone, 1 to 8."""
     try:
         image.load()
-    except MemoryError as error:
-        raise BadImage("too-large", "not enough memory to decode it") from error
     except PILLOW_ERRORS as error:
         raise _bad(data, error) from error
     except Image.DecompressionBombError as error:
@@ -298,6 +345,8 @@ def _flatten(image: Image.Image) -> Image.Image:
             white.paste(rgba, mask=rgba.getchannel("A"))
             return white
         return image.convert("L" if image.mode == "1" else "RGB")
+    except MemoryError as error:
+        raise BadImage("too-large", "not enough memory to decode it") from error
     except PILLOW_ERRORS as error:
         raise BadImage("unsupported", f"pixels of mode {image.mode} ({_first_line(error)})") from error
 
@@ -335,6 +384,8 @@ def _turn(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _bad(data: bytes, error: BaseException) -> BadImage:
+    if isinstance(error, MemoryError):
+        return BadImage("too-large", "not enough memory to decode it")
     reason = _first_line(error)
     if _ends_early(data) or "truncated" in reason.lower():
         return BadImage("truncated", reason)

@@ -3,82 +3,60 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 from dinosearch.errors import DinosearchError
-
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif"),
-)
-"""What counts as an image by name; what it really is, its content decides later."""
-
-SKIPPED_FOLDERS = frozenset({"@eaDir"})
-"""Thumbnails that network drives (Synology) leave beside the originals."""
+from dinosearch.images.names import EXTENSIONS, exclusion_test, hidden_test
+from dinosearch.images.source import FoundImage, Scan, ScanOptions
 
 
-@dataclass(frozen=True, slots=True)
-class FoundImage:
-    """A regular file that has an image's name."""
-
-    path: str
-    """Relative to the root, "/" between parts; bytes that are not UTF-8 as surrogate escapes."""
-    size: int
-    """Bytes."""
-    mtime_ns: int
-    """Time of the last change, nanoseconds."""
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What lies below a root."""
-
-    images: list[FoundImage]
-    """Sorted by path, in byte order."""
-    unreadable_folders: list[tuple[str, str]]
-    """Relative path and reason of each folder that could not be listed: what lies below it is unknown, not gone."""
-
-
-def find_images(root: Path) -> Scan:
+def find_images(root: Path, options: ScanOptions | None = None) -> Scan:
     """Walk `root` for files with an image's extension (any case).
 
-    Skips hidden names, and whatever is not a regular file in the end: a link to a regular file counts as that file,
-    links to folders are not followed. Raises DinosearchError if `root` is no folder or cannot be listed.
+    Skips hidden and excluded names, and whatever is not a regular file in the end: a link to a regular file counts as
+    that file, links to folders are not followed. Raises DinosearchError if `root` is no folder or cannot be listed.
     """
     if not root.exists():
         raise DinosearchError(f"no folder {root}. Check the path")
     if not root.is_dir():
         raise DinosearchError(f"{root} is not a folder. Give the folder that holds the images")
+    options = options or ScanOptions()
+    hidden, excluded = hidden_test(options), exclusion_test(options)
     images: list[FoundImage] = []
     unreadable: list[tuple[str, str]] = []
     folders = [""]
     while folders:
         folder = folders.pop()
         try:
-            for entry, path in _visible(root, folder):
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(path)
-                elif entry.name.lower().endswith(EXTENSIONS) and (found := _regular(entry)):
-                    images.append(FoundImage(path, found.st_size, found.st_mtime_ns))
+            with os.scandir(root / folder) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if hidden(name):
+                        continue
+                    path = f"{folder}/{name}" if folder else name
+                    if entry.is_dir(follow_symlinks=False):
+                        if excluded is None or not excluded(f"{path}/"):
+                            folders.append(path)
+                    elif (
+                        name.lower().endswith(EXTENSIONS)
+                        and (excluded is None or not excluded(path))
+                        and (facts := regular_file(entry))
+                    ):
+                        images.append(FoundImage(path, facts.st_size, facts.st_mtime_ns))
         except OSError as error:
             reason = error.strerror or str(error)
             if not folder:
                 raise DinosearchError(f"{root} cannot be listed ({reason}). Check its permissions") from error
             unreadable.append((folder, reason))
-    images.sort(key=lambda image: os.fsencode(image.path))
-    return Scan(images, sorted(unreadable))
+    return Scan(in_byte_order(images), sorted(unreadable))
 
 
-def _visible(root: Path, folder: str) -> Iterator[tuple["os.DirEntry[str]", str]]:
-    with os.scandir(root / folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith(".") and entry.name not in SKIPPED_FOLDERS:
-                yield entry, f"{folder}/{entry.name}" if folder else entry.name
+def in_byte_order(images: Iterable[FoundImage]) -> list[FoundImage]:
+    return sorted(images, key=lambda image: os.fsencode(image.path))
 
 
-def _regular(entry: "os.DirEntry[str]") -> os.stat_result | None:
+def regular_file(entry: "os.DirEntry[str]") -> os.stat_result | None:
     """The file's facts, or None for a pipe, a device, a link to a folder or to nothing.
 
     Raises OSError where the folder may be listed but not searched: nothing in it can be read then.

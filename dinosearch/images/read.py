@@ -1,6 +1,8 @@
 """Bytes off the disk, and work in threads: bounded, in order. Knows no formats."""
 
+import os
 import stat
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,12 +11,19 @@ from typing import TypeVar
 
 from dinosearch.images.decode import BadImage
 from dinosearch.images.machine import n_cores
+from dinosearch.images.source import UNTRUSTED_TIME, StableBytes
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 MAX_FILE_BYTES = 2 * 2**30
 """No image within the pixel budget needs more; beyond it a file is not read into memory at all."""
+
+_READ_ATTEMPTS = 3
+# A write soon after the last one may leave the time as it is: clocks of file systems tick in steps of up to 10 ms, of
+# some (FAT, old NFS; they show whole seconds) up to 2 s. A time so close to the reading is not trusted the next time.
+_FINE_TICK_NS = 20_000_000
+_COARSE_TICK_NS = 2_000_000_000
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -31,6 +40,37 @@ def read_bytes(path: str | Path) -> bytes:
         raise BadImage("unreadable", error.strerror or str(error)) from error
     except ValueError as error:
         raise BadImage("unreadable", f"not a file name ({error})") from error
+
+
+def read_stable(path: str) -> StableBytes:
+    """The bytes of a file that did not change meanwhile. Raises BadImage like `read_bytes`."""
+    for _ in range(_READ_ATTEMPTS):
+        began = time.time_ns()
+        before = _stat(path)
+        data = read_bytes(path)
+        after = _stat(path)
+        if _state(before) == _state(after) and len(data) == before.st_size:
+            return StableBytes(data, trusted_time(before.st_mtime_ns, now=began))
+    raise BadImage("unreadable", "it changes while it is read")
+
+
+def trusted_time(mtime_ns: int, *, now: int) -> int:
+    """`mtime_ns`, or UNTRUSTED_TIME if a change after `now` might leave a file with the same."""
+    tick = _FINE_TICK_NS if mtime_ns % 1_000_000_000 else _COARSE_TICK_NS
+    return UNTRUSTED_TIME if abs(now - mtime_ns) < tick else mtime_ns
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)  # noqa: PTH116 - surrogate escapes pass, and it is fast
+    except OSError as error:
+        raise BadImage("unreadable", error.strerror or str(error)) from error
+    except ValueError as error:
+        raise BadImage("unreadable", f"not a file name ({error})") from error
+
+
+def _state(facts: os.stat_result) -> tuple[int, int, int, int]:
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def in_threads(

@@ -1,6 +1,6 @@
 """The catalog: which files there are, what they hold and the vector of each content. SQLite, the truth of an index.
 
-Knows nothing of folders on disk, of decoding or of FAISS. It is the only module that speaks SQL.
+Knows nothing of sources, of decoding or of FAISS. It is the only module that reads and writes rows.
 
 Identity is the hash of a file's content: equal files share one vector, a moved file keeps it. Vectors are stored as
 float16 and given out as float32 of unit length, so that a vector is the same number wherever it is read from.
@@ -10,73 +10,43 @@ Paths that are not UTF-8 are stored as BLOB, all others as TEXT.
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from dinosearch.errors import DinosearchError, IndexNotFound, IndexUnusable
+from dinosearch.errors import IndexNotFound, IndexUnusable
+from dinosearch.images.source import UNTRUSTED_TIME
+from dinosearch.index import database
+from dinosearch.index.database import explained
+from dinosearch.index.lock import writer_lock
+from dinosearch.index.rows import (
+    OK,
+    Content,
+    CopiedFile,
+    FailedFile,
+    FileRow,
+    Generation,
+    LiveFile,
+    Root,
+    RootOptions,
+    StoredFile,
+)
+from dinosearch.index.schema import FORMAT, check_format, make_tables, migrate
 
 FILE_NAME = "catalog.sqlite"
-FORMAT = 1
-OK = "ok"
-UNREADABLE = "unreadable"
-TOO_LARGE = "too-large"
+CONTENT_HASH = "blake3"
+"""What new catalogs know contents by; one that grew from format 1 goes on with its own."""
 
-_APPLICATION_ID = 0x44494E4F  # "DINO": a foreign SQLite file is told apart before anything is read from it
 _BLOCK = 4096  # rows fetched at a time: bounds memory whatever the size of the index
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE roots (id INTEGER PRIMARY KEY, path NOT NULL UNIQUE);
-CREATE TABLE vectors (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    fingerprint TEXT NOT NULL,
-    content_hash TEXT NOT NULL,
-    frame INTEGER NOT NULL DEFAULT 0,
-    width INTEGER,
-    height INTEGER,
-    vector BLOB NOT NULL,
-    UNIQUE (fingerprint, content_hash, frame)
-);
-CREATE TABLE files (
-    id INTEGER PRIMARY KEY,
-    root INTEGER NOT NULL REFERENCES roots (id),
-    path NOT NULL,
-    member TEXT NOT NULL DEFAULT '',
-    frame INTEGER NOT NULL DEFAULT 0,
-    size INTEGER NOT NULL,
-    mtime_ns INTEGER NOT NULL,
-    content_hash TEXT,
-    status TEXT NOT NULL,
-    reason TEXT NOT NULL DEFAULT '',
-    width INTEGER,
-    height INTEGER,
-    decoders TEXT,
-    UNIQUE (root, path, member, frame)
-);
-CREATE INDEX files_by_content ON files (content_hash, frame, status);
-CREATE TABLE generations (
-    number INTEGER PRIMARY KEY,
-    fingerprint TEXT NOT NULL,
-    file TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    size INTEGER NOT NULL,
-    checksum TEXT NOT NULL,
-    stamp TEXT NOT NULL,
-    n INTEGER NOT NULL,
-    max_id INTEGER NOT NULL,
-    recall_at_10 REAL,
-    details TEXT
-);
-"""
 # Files that a search can return: readable ones whose content has a vector of the answering model.
 _LIVE = """files AS f JOIN vectors AS v
     ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ? AND f.status = 'ok'"""
@@ -84,80 +54,6 @@ _LIVE = """files AS f JOIN vectors AS v
 # Every file with its vector of one model, or NULL, by content: the search trees of both are walked side by side.
 _BY_CONTENT = """files AS f INDEXED BY files_by_content LEFT JOIN vectors AS v
     ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ?"""
-
-
-class StoredFile(NamedTuple):
-    """A file as the catalog knows it before a sync."""
-
-    id: int
-    path: str
-    size: int
-    mtime_ns: int
-    content_hash: str | None
-    status: str
-    decoders: str | None
-    embedded: bool
-    """Its content has a vector of the model asked about."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileRow:
-    """A file as a sync found it; written over what was known of the same root and path."""
-
-    root: int
-    path: str
-    size: int
-    mtime_ns: int
-    content_hash: str | None
-    status: str
-    reason: str = ""
-    width: int | None = None
-    height: int | None = None
-    decoders: str | None = None
-
-
-class Content(NamedTuple):
-    """What is known of a content (the bytes of a file), whatever the files that hold it."""
-
-    status: str
-    reason: str
-    width: int | None
-    height: int | None
-
-
-class LiveFile(NamedTuple):
-    """A file that a search can return."""
-
-    root: Path
-    path: str
-    vector_id: int
-
-
-class Failure(NamedTuple):
-    """A file without a vector, and why."""
-
-    path: Path
-    status: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A FAISS file, as named in the catalog."""
-
-    number: int
-    fingerprint: str
-    file: str
-    kind: str
-    size: int
-    checksum: str
-    stamp: str
-    """Inode and times of the file when its checksum was taken: while they are the same, so are the bytes."""
-    n: int
-    max_id: int
-    recall_at_10: float | None
-    details: str | None = None
-    """JSON: what else was written and measured; see generation.Details."""
 
 
 class Catalog:
@@ -177,48 +73,62 @@ class Catalog:
 
     @classmethod
     def create(
-        cls, index_path: Path, *, fingerprint: str, model: str, dim: int, note: Callable[[str], None] = lambda _: None
+        cls,
+        index_path: Path,
+        *,
+        fingerprint: str,
+        model: str,
+        dim: int,
+        shard: str | None = None,
+        note: Callable[[str], None] = lambda _: None,
     ) -> Catalog:
         """Make the catalog of a new index. What one killed attempt left behind is finished, never taken as an index."""
         path = index_path / FILE_NAME
-        with _explained(path):
-            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-            _set_journal(connection, path, note)
-            connection.execute("BEGIN IMMEDIATE")
-            for statement in _SCHEMA.split(";\n"):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {FORMAT}")
-            created = datetime.now(UTC).isoformat(timespec="microseconds")
-            meta = {"created": created, "fingerprint": fingerprint, "model": model, "dim": str(dim)}
-            connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-            connection.execute("COMMIT")
-        return cls(connection, path)
-
-    @classmethod
-    def open(cls, index_path: Path, *, writable: bool = False, note: Callable[[str], None] = lambda _: None) -> Catalog:
-        """Open the catalog of an index. Raises IndexNotFound, or IndexUnusable: damaged, or of a newer format."""
-        path = index_path / FILE_NAME
-        if not path.exists():
-            raise IndexNotFound(
-                f"no index in {index_path}. Build one: dinosearch index IMAGES --name {index_path.name}"
-            )
-        with _explained(path):
-            connection = sqlite3.connect(
-                _address(path, writable=writable), uri=True, isolation_level=None, check_same_thread=False, timeout=30
-            )
+        created = datetime.now(UTC).isoformat(timespec="microseconds")
+        meta = {"created": created, "fingerprint": fingerprint, "model": model, "dim": str(dim)}
+        meta |= {"content_hash": CONTENT_HASH} | ({"shard": shard} if shard else {})
+        with explained(path):
+            connection = database.create(path)
             try:
-                _check_format(connection, index_path)
-                if writable:
-                    _set_journal(connection, path, note)
+                database.set_journal(connection, path, note)
+                make_tables(connection, meta)
             except BaseException:
                 connection.close()
                 raise
         return cls(connection, path)
 
+    @classmethod
+    def open(cls, index_path: Path, *, writable: bool = False, note: Callable[[str], None] = lambda _: None) -> Catalog:
+        """Open the catalog of an index; one of an earlier format is first brought to today's.
+
+        Who opens it writable holds the index's lock. Raises IndexNotFound, or IndexUnusable: damaged, of a newer
+        format, or of an earlier one where it may not be written.
+        """
+        path = index_path / FILE_NAME
+        if not path.exists():
+            raise IndexNotFound(
+                f"no index in {index_path}. Build one: dinosearch index IMAGES --name {index_path.name}"
+            )
+        with explained(path):
+            connection = database.connect(path, writable=writable)
+            try:
+                earlier = check_format(connection, index_path) < FORMAT
+                if writable:
+                    database.set_journal(connection, path, note)
+                    if earlier:
+                        migrate(connection)
+            except BaseException:
+                connection.close()
+                raise
+        if not earlier or writable:
+            return cls(connection, path)
+        connection.close()
+        _bring_forward(index_path, note)
+        return cls.open(index_path)
+
     def close(self) -> None:
         """Undo what was not committed and close."""
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             self._connection.close()
 
     def __enter__(self) -> Catalog:
@@ -230,18 +140,25 @@ class Catalog:
     # -- what the index is
 
     def meta(self, key: str) -> str:
-        """A fact of the whole index: created, fingerprint, model, dim."""
+        """A fact of the whole index: created, fingerprint, model, dim, content_hash."""
         return str(self._rows("SELECT value FROM meta WHERE key = ?", (key,))[0][0])
+
+    def shard(self) -> str | None:
+        """i/n, if the index is one of n parts."""
+        rows = self._rows("SELECT value FROM meta WHERE key = 'shard'")
+        return str(rows[0][0]) if rows else None
 
     @property
     def fingerprint(self) -> str:
         """The model whose vectors answer."""
         return self.meta("fingerprint")
 
-    def roots(self) -> dict[int, Path]:
-        """Folders this index follows, by number."""
+    def roots(self) -> dict[int, Root]:
+        """Sources this index follows, by number."""
+        rows = self._rows("SELECT id, kind, path, options, stamp FROM roots ORDER BY id")
         return {
-            number: Path(_path_of(stored)) for number, stored in self._rows("SELECT id, path FROM roots ORDER BY id")
+            number: Root(number, kind, _path_of(location), _options_of(options), stamp)
+            for number, kind, location, options, stamp in rows
         }
 
     @contextmanager
@@ -261,19 +178,29 @@ class Catalog:
 
     def stored_files(self, root: int, *, fingerprint: str) -> Iterator[StoredFile]:
         """All files of a root, in two passes, each in the order of its B-tree: five times as fast as one join."""
-        lacking = {
-            number
-            for (number,) in self._stream(
-                f"SELECT f.id FROM {_BY_CONTENT} WHERE f.status = 'ok' AND v.id IS NULL", (fingerprint,)
-            )
-        }
+        lacking = set()
+        for number, frame in self._stream(
+            f"SELECT f.id, f.frame FROM {_BY_CONTENT} WHERE f.status = 'ok' AND v.id IS NULL", (fingerprint,)
+        ):
+            lacking.add(self._first_frame(number) if frame else number)
         rows = self._stream(
-            "SELECT id, path, size, mtime_ns, content_hash, status, decoders FROM files NOT INDEXED WHERE root = ?",
+            """SELECT id, path, member, size, mtime_ns, content_hash, status, decoders, coalesce(metadata, ''), frames
+            FROM files NOT INDEXED WHERE root = ? AND frame = 0""",
             (root,),
         )
-        for number, path, size, mtime_ns, content_hash, status, tried in rows:
-            embedded = status == OK and number not in lacking
-            yield StoredFile(number, _path_of(path), size, mtime_ns, content_hash, status, tried, embedded)
+        for number, path, member, size, mtime_ns, content_hash, status, tried, metadata, frames in rows:
+            yield StoredFile(
+                number, _path_of(path), member, size, mtime_ns, content_hash, status, tried, metadata, frames,
+                status == OK and number not in lacking,
+            )  # fmt: skip
+
+    def _first_frame(self, number: int) -> int | None:
+        found = self._rows(
+            """SELECT first.id FROM files AS f JOIN files AS first ON first.root = f.root AND first.path = f.path
+            AND first.member = f.member AND first.frame = 0 WHERE f.id = ?""",
+            (number,),
+        )
+        return int(found[0][0]) if found else None
 
     def known_content(self, content_hash: str, *, fingerprint: str, decoders: str, large: str) -> Content | None:
         """What needs no work: a content with a vector, or one that these decoders could not read.
@@ -291,40 +218,92 @@ class Catalog:
         )
         return Content(*found[0]) if found else None
 
+    def known_frames(self, content_hash: str, *, fingerprint: str) -> list[Content] | None:
+        """All frames of a content, in order, if they were looked at and the good ones have vectors."""
+        rows = self._rows(
+            """SELECT f.frame, f.status, f.reason, f.width, f.height, v.id FROM files AS one
+            JOIN files AS f ON f.root = one.root AND f.path = one.path AND f.member = one.member
+            LEFT JOIN vectors AS v ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ?
+            WHERE one.id = (SELECT id FROM files WHERE content_hash = ? AND frame = 0 AND frames NOT NULL LIMIT 1)
+            ORDER BY f.frame""",
+            (fingerprint, content_hash),
+        )
+        if not rows or any(status == OK and vector is None for _, status, *_, vector in rows):
+            return None
+        return [Content(status, reason, width, height) for _, status, reason, width, height, _ in rows]
+
     def live_files(self, *, vector_ids: Sequence[int] | None = None) -> Iterator[LiveFile]:
-        """Files that a search can return, by root and path; only those with one of `vector_ids` where given."""
-        fingerprint, roots = self.fingerprint, self.roots()
-        select = f"SELECT f.root, f.path, v.id FROM {_LIVE}"
+        """What a search can return, by root, path, member and frame; only with one of `vector_ids` where given."""
+        fingerprint, fields = self.fingerprint, "f.root, f.path, f.member, f.frame, v.id"
         if vector_ids is None:
-            rows = self._stream(f"{select} ORDER BY f.root, f.path", (fingerprint,))
-            yield from (LiveFile(roots[root], _path_of(path), number) for root, path, number in rows)
+            query = f"SELECT {fields} FROM {_LIVE} ORDER BY f.root, f.path, f.member, f.frame"
+            yield from (
+                LiveFile(root, _path_of(path), *rest) for root, path, *rest in self._stream(query, (fingerprint,))
+            )
             return
         for start in range(0, len(vector_ids), 500):  # SQLite bounds the number of parameters
             some = [int(number) for number in vector_ids[start : start + 500]]
             marks = ",".join("?" * len(some))
             # CROSS JOIN fixes the order: the few vectors first, then the files of each.
             rows = self._stream(
-                f"""SELECT f.root, f.path, v.id FROM vectors AS v CROSS JOIN files AS f
+                f"""SELECT {fields} FROM vectors AS v CROSS JOIN files AS f
                 ON v.content_hash = f.content_hash AND v.frame = f.frame
                 WHERE v.id IN ({marks}) AND v.fingerprint = ? AND f.status = 'ok'""",
                 (*some, fingerprint),
             )
-            yield from (LiveFile(roots[root], _path_of(path), number) for root, path, number in rows)
+            yield from (LiveFile(root, _path_of(path), *rest) for root, path, *rest in rows)
 
     def n_images(self) -> int:
         """Files that a search can return."""
+        query = f"SELECT count(v.id) FROM {_BY_CONTENT} WHERE f.status = 'ok' AND f.frame = 0"
+        return int(self._rows(query, (self.fingerprint,))[0][0])
+
+    def n_live(self) -> int:
+        """What a search can return: files, and further frames of files."""
         query = f"SELECT count(v.id) FROM {_BY_CONTENT} WHERE f.status = 'ok'"
         return int(self._rows(query, (self.fingerprint,))[0][0])
 
+    def n_files(self, root: int) -> int:
+        """Files known of a root, good and bad."""
+        return int(self._rows("SELECT count(*) FROM files WHERE root = ? AND frame = 0", (root,))[0][0])
+
+    def has_untrusted_times(self, root: int) -> bool:
+        """Whether some file may change without its time telling."""
+        query = "SELECT 1 FROM files WHERE root = ? AND mtime_ns = ? LIMIT 1"
+        return bool(self._rows(query, (root, UNTRUSTED_TIME)))
+
     def n_failed(self) -> int:
+        """Files, and further frames of files, that have no vector."""
         return int(self._rows("SELECT count(*) FROM files WHERE status != 'ok'")[0][0])
 
-    def failures(self) -> Iterator[Failure]:
-        """Files without a vector, and why, by path."""
-        roots = self.roots()
-        rows = self._stream("SELECT root, path, status, reason FROM files WHERE status != 'ok' ORDER BY root, path")
-        for root, path, status, reason in rows:
-            yield Failure(roots[root] / _path_of(path), status, reason)
+    def failures(self) -> Iterator[FailedFile]:
+        """Files without a vector, and why, by root and path."""
+        rows = self._stream(
+            """SELECT root, path, member, frame, status, reason FROM files WHERE status != 'ok'
+            ORDER BY root, path, member, frame"""
+        )
+        yield from (FailedFile(root, _path_of(path), *rest) for root, path, *rest in rows)
+
+    def metadata_columns(self) -> list[str]:
+        """Names of what tables say of their images."""
+        rows = self._rows(
+            """SELECT DISTINCT key FROM files, json_each(files.metadata)
+            WHERE files.metadata NOT NULL AND frame = 0 ORDER BY key"""
+        )
+        return [str(key) for (key,) in rows]
+
+    def files_to_copy(self, root: int) -> Iterator[CopiedFile]:
+        """Files of a root with all that is known of them and their vectors, by path, member and frame."""
+        rows = self._stream(
+            """SELECT f.path, f.member, f.frame, f.size, f.mtime_ns, f.content_hash, f.status, f.reason, f.width,
+            f.height, f.decoders, f.frames, coalesce(f.metadata, ''), v.vector FROM files AS f LEFT JOIN vectors AS v
+            ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ? AND f.status = 'ok'
+            WHERE f.root = ? ORDER BY f.path, f.member, f.frame""",
+            (self.fingerprint, root),
+        )
+        for path, member, frame, size, mtime_ns, hashed, status, reason, w, h, tried, frames, metadata, vector in rows:
+            known = (size, mtime_ns, hashed, status, reason, w, h, tried, member, frame, frames, metadata)
+            yield CopiedFile(FileRow(root, _path_of(path), *known), vector)
 
     def n_vectors(self, *, fingerprint: str, after: int = 0) -> int:
         """Vectors of a model with an id above `after`."""
@@ -347,13 +326,13 @@ class Catalog:
             after = int(ids[-1])
 
     def live_vectors(self) -> Iterator[tuple[list[LiveFile], np.ndarray]]:
-        """Files and their unit vectors float32 [n, dim], by root and path, a block at a time."""
-        roots = self.roots()
+        """What a search can return and its unit vectors float32 [n, dim], in the order of `live_files`, in blocks."""
         files: list[LiveFile] = []
         blobs: list[bytes] = []
-        query = f"SELECT f.root, f.path, v.id, v.vector FROM {_LIVE} ORDER BY f.root, f.path"
-        for root, path, number, blob in self._stream(query, (self.fingerprint,)):
-            files.append(LiveFile(roots[root], _path_of(path), number))
+        query = f"""SELECT f.root, f.path, f.member, f.frame, v.id, v.vector FROM {_LIVE}
+            ORDER BY f.root, f.path, f.member, f.frame"""
+        for root, path, member, frame, number, blob in self._stream(query, (self.fingerprint,)):
+            files.append(LiveFile(root, _path_of(path), member, frame, number))
             blobs.append(blob)
             if len(files) == _BLOCK:
                 yield files, unit(_halves(blobs))
@@ -379,57 +358,81 @@ class Catalog:
 
     # -- writing
 
-    def add_root(self, root: Path) -> int:
+    def add_root(self, kind: str, location: str) -> int:
         """Number of a root, added if it is new."""
-        self._write("INSERT OR IGNORE INTO roots (path) VALUES (?)", [(_stored(str(root)),)])
-        return int(self._rows("SELECT id FROM roots WHERE path = ?", (_stored(str(root)),))[0][0])
+        self._write("INSERT OR IGNORE INTO roots (path, kind) VALUES (?, ?)", [(_stored(location), kind)])
+        return int(self._rows("SELECT id FROM roots WHERE path = ?", (_stored(location),))[0][0])
 
-    def put_vectors(self, contents: Iterable[tuple[str, int, int]], vectors: np.ndarray, *, fingerprint: str) -> None:
-        """Add vectors float [n, dim] of (content hash, width, height); those that are there stay as they are."""
+    def set_options(self, root: int, options: RootOptions) -> None:
+        """Remember how a root is to be seen; what was known of it by another view is to be scanned again."""
+        self._write("UPDATE roots SET options = ?2, stamp = NULL WHERE id = ?1", [(root, json.dumps(asdict(options)))])
+
+    def set_stamp(self, root: int, stamp: str | None) -> None:
+        """Remember the state of a root in which all of it is known."""
+        self._write("UPDATE roots SET stamp = ?2 WHERE id = ?1", [(root, stamp)])
+
+    def put_vectors(
+        self, contents: Iterable[tuple[str, int, int, int]], vectors: np.ndarray, *, fingerprint: str
+    ) -> None:
+        """Add vectors float [n, dim] of (content hash, frame, width, height); those that are there stay as they are."""
         halves = vectors.astype(np.float16)
         self._write(
-            "INSERT OR IGNORE INTO vectors (fingerprint, content_hash, width, height, vector) VALUES (?, ?, ?, ?, ?)",
+            """INSERT OR IGNORE INTO vectors (fingerprint, content_hash, frame, width, height, vector)
+            VALUES (?, ?, ?, ?, ?, ?)""",
             (
-                (fingerprint, content_hash, width, height, half.tobytes())
-                for (content_hash, width, height), half in zip(contents, halves, strict=True)
+                (fingerprint, content_hash, frame, width, height, half.tobytes())
+                for (content_hash, frame, width, height), half in zip(contents, halves, strict=True)
             ),
         )
 
     def put_files(self, rows: Iterable[FileRow]) -> None:
         """Write what was found. A file that cannot be read keeps the hash it had: it may come back."""
+        rows = list(rows)
         self._write(
-            """INSERT INTO files (root, path, size, mtime_ns, content_hash, status, reason, width, height, decoders)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            """INSERT INTO files (root, path, member, frame, size, mtime_ns, content_hash, status, reason, width,
+            height, decoders, frames, metadata) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, nullif(?, ''))
             ON CONFLICT (root, path, member, frame) DO UPDATE SET size = excluded.size, mtime_ns = excluded.mtime_ns,
             content_hash = coalesce(excluded.content_hash, content_hash), status = excluded.status,
-            reason = excluded.reason, width = excluded.width, height = excluded.height, decoders = excluded.decoders""",
+            reason = excluded.reason, width = excluded.width, height = excluded.height, decoders = excluded.decoders,
+            frames = excluded.frames, metadata = excluded.metadata""",
             (
-                (
-                    row.root,
-                    _stored(row.path),
-                    row.size,
-                    row.mtime_ns,
-                    row.content_hash,
-                    row.status,
-                    row.reason,
-                    row.width,
-                    row.height,
-                    row.decoders,
-                )
+                (row.root, _stored(row.path), row.member, row.frame, row.size, row.mtime_ns, row.content_hash,
+                 row.status, row.reason, row.width, row.height, row.decoders, row.frames, row.metadata)
                 for row in rows
+            ),
+        )  # fmt: skip
+        self._write(
+            "DELETE FROM files WHERE root = ? AND path = ? AND member = ? AND frame >= ?",
+            ((row.root, _stored(row.path), row.member, row.frames or 1) for row in rows if row.frame == 0),
+        )
+
+    def forget_frames(self, root: int) -> None:
+        """Of a root's files, only the first frames are looked at from now on."""
+        self._write("DELETE FROM files WHERE root = ? AND frame > 0", [(root,)])
+        self._write("UPDATE files SET frames = NULL WHERE root = ?", [(root,)])
+
+    def set_metadata(self, metadata: Iterable[tuple[int, str]]) -> None:
+        """What a table now says of files (their id) that are as they were."""
+        self._write("UPDATE files SET metadata = nullif(?2, '') WHERE id = ?1", metadata)
+
+    def move_files(self, moves: Iterable[tuple[int, FileRow]]) -> None:
+        """Give files (their id) another root, path, member, size, mtime_ns and metadata; what they hold stays."""
+        self._write(
+            """UPDATE files SET root = ?2, path = ?3, member = ?4, size = ?5, mtime_ns = ?6, metadata = nullif(?7, '')
+            WHERE (root, path, member) = (SELECT root, path, member FROM files WHERE id = ?1)""",
+            (
+                (number, row.root, _stored(row.path), row.member, row.size, row.mtime_ns, row.metadata)
+                for number, row in moves
             ),
         )
 
-    def move_files(self, moves: Iterable[tuple[int, int, str, int, int]]) -> None:
-        """Give files (their id) another root, path, size and mtime_ns; what they hold is as before."""
-        self._write(
-            "UPDATE files SET root = ?2, path = ?3, size = ?4, mtime_ns = ?5 WHERE id = ?1",
-            ((number, root, _stored(path), size, mtime_ns) for number, root, path, size, mtime_ns in moves),
-        )
-
     def remove_files(self, ids: Iterable[int]) -> None:
-        """Take files out of the results. Their vectors stay until `prune`."""
-        self._write("DELETE FROM files WHERE id = ?", ((number,) for number in ids))
+        """Take files, with all their frames, out of the results. Their vectors stay until `prune`."""
+        self._write(
+            """DELETE FROM files
+            WHERE (root, path, member) = (SELECT root, path, member FROM files WHERE id = ?)""",
+            ((number,) for number in ids),
+        )
 
     def prune(self) -> int:
         """Forget vectors that no file has, and those of other models than the answering one. Returns how many."""
@@ -447,6 +450,10 @@ class Catalog:
         self._write("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [astuple(generation)])
         self._write("DELETE FROM generations WHERE number <= ? - 2", [(generation.number,)])
 
+    def set_content_hash(self, algorithm: str) -> None:
+        """Know contents by another hash; the catalog has none yet."""
+        self._write("UPDATE meta SET value = ? WHERE key = 'content_hash'", [(algorithm,)])
+
     def set_model(self, *, fingerprint: str, model: str, dim: int) -> None:
         """Let the vectors of another model answer from the next commit on."""
         meta = {"fingerprint": fingerprint, "model": model, "dim": str(dim)}
@@ -454,33 +461,82 @@ class Catalog:
 
     def commit(self) -> None:
         """Make what was written durable and visible to readers, all at once."""
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             if self._connection.in_transaction:
                 self._connection.execute("COMMIT")
 
     def rollback(self) -> None:
         """Undo what was written since the last commit."""
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
 
+    def erase_files(self, ids: Sequence[int]) -> int:
+        """Forget files with all their frames and the vectors of any model that no other file needs: how many?
+
+        Freed space is overwritten. What remains of them in the write-ahead log and between the rows, `finish_erasure`
+        removes after the commit, or the next writer if this one is killed.
+        """
+        with self._transaction():
+            self._connection.execute("PRAGMA secure_delete = ON")
+            query = "SELECT content_hash FROM files WHERE id = ?"
+            contents = dict.fromkeys(row for number in ids for row in self._rows(query, (number,)))
+            self.remove_files(ids)
+            self._write("INSERT OR REPLACE INTO meta VALUES ('erasing', ?)", [("1",)])
+            before = self._connection.total_changes
+            self._write(
+                """DELETE FROM vectors WHERE content_hash = ?1
+                AND NOT EXISTS (SELECT 1 FROM files WHERE content_hash = ?1)""",
+                contents,
+            )
+            return self._connection.total_changes - before
+
+    def finish_erasure(self) -> bool:
+        """Remove the last traces of what was erased from the catalog's files; False if a reader still needs them."""
+        if not self._rows("SELECT 1 FROM meta WHERE key = 'erasing'"):
+            return True
+        with self._lock, explained(self.path):
+            self._connection.execute("PRAGMA secure_delete = ON")
+            self._connection.execute("VACUUM")
+            busy = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            if not busy:
+                self._connection.execute("DELETE FROM meta WHERE key = 'erasing'")
+        return not busy
+
+    def remove_root(self, root: int) -> None:
+        """Stop following a source all of whose files are gone from the catalog."""
+        self._write("DELETE FROM roots WHERE id = ?", [(root,)])
+
+    def forget_generations(self, *, but: int) -> None:
+        """Let no FAISS file be named but one."""
+        self._write("DELETE FROM generations WHERE number != ?", [(but,)])
+
+    def relocate(self, root: int, location: str, paths: Iterable[tuple[int, str]]) -> None:
+        """Give a root another location, and some of its files (their id) another path."""
+        self._write("UPDATE roots SET path = ?2 WHERE id = ?1", [(root, _stored(location))])
+        self._write(
+            """UPDATE files SET path = ?2
+            WHERE (root, path, member) = (SELECT root, path, member FROM files WHERE id = ?1)""",
+            ((number, _stored(path)) for number, path in paths),
+        )
+
     def compact(self) -> None:
         """Give the space of forgotten rows back to the disk."""
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             self._connection.execute("VACUUM")
 
     # -- one place each for reading and writing
 
     def _rows(self, query: str, arguments: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             return self._connection.execute(query, arguments).fetchall()
 
     def _stream(self, query: str, arguments: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             cursor = self._connection.execute(query, arguments)
         try:
             while True:
-                with self._lock, _explained(self.path):
+                with self._lock, explained(self.path):
                     rows = cursor.fetchmany(_BLOCK)
                 if not rows:
                     return
@@ -494,7 +550,7 @@ class Catalog:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._lock, _explained(self.path):
+        with self._lock, explained(self.path):
             if not self._connection.in_transaction:
                 self._connection.execute("BEGIN IMMEDIATE")
             yield
@@ -512,98 +568,20 @@ def unit(halves: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what SQLite says into what to do."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
-            raise DinosearchError(
-                f"the disk that holds {path.parent} is full; what was saved before still answers. "
-                "Free some space and run the command again."
-            ) from error
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise IndexUnusable(
-                f"the catalog {path} is damaged ({error}). Put a copy back, or delete {path.parent} and index again"
-            ) from error
-        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-            raise DinosearchError(
-                f"cannot open {path} ({error}). Check that you may read it and, to index, write to its folder"
-            ) from error
-        if code == sqlite3.SQLITE_BUSY:
-            raise DinosearchError(f"{path} is busy: another program holds it for long. Try again.") from error
-        raise DinosearchError(f"{path}: {error}. Check its disk, then run the command again.") from error
-
-
-def _check_format(connection: sqlite3.Connection, index_path: Path) -> None:
-    application = connection.execute("PRAGMA application_id").fetchone()[0]
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if application == 0 and version == 0 and not connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
-        raise IndexNotFound(
-            f"the index in {index_path} is not made yet. Run: dinosearch index IMAGES --name {index_path.name}"
-        )
-    if application != _APPLICATION_ID:
-        raise IndexUnusable(f"{index_path / FILE_NAME} is no catalog of dinosearch. Name another --index")
-    if version > FORMAT:
+def _bring_forward(index_path: Path, note: Callable[[str], None]) -> None:
+    """Migrate the catalog for a reader: it is a matter of milliseconds, once."""
+    if not os.access(index_path, os.W_OK):
         raise IndexUnusable(
-            f"the index in {index_path} has format {version}, this dinosearch reads up to {FORMAT}. "
-            "Update dinosearch, or index again under another name."
+            f"the index in {index_path} has an earlier format and may not be written here. "
+            f"Let its owner run once: dinosearch info --index {index_path.name}"
         )
+    with writer_lock(index_path), Catalog.open(index_path, writable=True, note=note):
+        pass
 
 
-def _address(path: Path, *, writable: bool) -> str:
-    """The URI to open a catalog by; in a read-only folder as immutable, which needs no files beside it."""
-    address = path.resolve().as_uri()
-    if writable:
-        return f"{address}?mode=rw"
-    wal = path.with_name(f"{FILE_NAME}-wal")
-    frozen = not os.access(path.parent, os.W_OK) and not (wal.exists() and wal.stat().st_size)
-    return f"{address}?immutable=1" if frozen else f"{address}?mode=ro"
-
-
-def _set_journal(connection: sqlite3.Connection, path: Path, note: Callable[[str], None]) -> None:
-    """WAL lets readers go on while we write, but it needs memory shared between processes, which network disks lack."""
-    network = network_file_system(path.parent)
-    connection.execute(f"PRAGMA journal_mode = {'DELETE' if network else 'WAL'}")
-    if network:
-        note(f"{path.parent} is on a network file system ({network}): readers may have to wait while images are saved")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA journal_size_limit = 67108864")
-
-
-_NETWORK = {
-    "9p",
-    "afs",
-    "beegfs",
-    "ceph",
-    "cifs",
-    "davfs",
-    "gpfs",
-    "lustre",
-    "ncpfs",
-    "nfs",
-    "nfs4",
-    "smb2",
-    "smb3",
-    "smbfs",
-}
-_NETWORK_FUSE = {"fuse.ceph", "fuse.davfs", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs", "fuse.gcsfuse"}
-
-
-def network_file_system(folder: Path, *, mounts: Path = Path("/proc/mounts")) -> str | None:
-    """Type of the network file system a folder lies on, None on local disks and where it cannot be told."""
-    if not mounts.exists():
-        return None
-    folder = folder.resolve()
-    best, kind = -1, ""
-    for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        _, point, found, *_ = line.split(" ")
-        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), point)  # \040 is a space
-        if folder.is_relative_to(point) and len(point) >= best:  # of two mounts on one point the later one is on top
-            best, kind = len(point), found
-    return kind if kind in _NETWORK else None
+def _options_of(stored: str) -> RootOptions:
+    options = json.loads(stored)
+    return RootOptions(**(options | {"exclude": tuple(options.get("exclude", ()))}))
 
 
 def _stored(path: str) -> str | bytes:

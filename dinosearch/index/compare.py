@@ -1,4 +1,4 @@
-"""What changed between the catalog and the folders. Compares names, sizes and times; opens no file.
+"""What changed between the catalog and the sources. Compares names, sizes and times; opens no file.
 
 A file is as it was when size and time are; anything else is read and its hash decides.
 """
@@ -8,32 +8,35 @@ from __future__ import annotations
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dinosearch.errors import DinosearchError
-from dinosearch.images.find import FoundImage, Scan
-from dinosearch.index.catalog import OK, TOO_LARGE, UNREADABLE, FileRow, StoredFile
+from dinosearch.images.source import FoundImage, Scan, Source
+from dinosearch.index.rows import OK, TOO_LARGE, UNREADABLE, FileRow, StoredFile
 
 MAX_GONE = 0.2
 """Share of a root's files that may be gone without being asked about: more looks like a disk half mounted."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Wanted:
     """A file that has to be read."""
 
     root: int
-    root_path: Path
+    source: Source
     found: FoundImage
     stored: StoredFile | None
     """What the catalog knows of it, under this path or the one it was moved from."""
+    all_pages: bool = False
+    """Each of its pages or frames is an image, not only the first."""
     moved: bool = False
+    verified: bool = False
+    """Size and time say that it is as it was; it is read to be sure."""
 
     @property
     def path(self) -> str:
-        return os.path.join(self.root_path, self.found.path)  # noqa: PTH118 - surrogate escapes pass, and it is fast
+        return self.source.shown_path(self.found)
 
     def outcome(self, row: FileRow) -> str:
         """Which count of the summary the file belongs to, now that it was read."""
@@ -57,6 +60,21 @@ class DecoderKeys:
         return self.large if status == TOO_LARGE else self.decoders
 
 
+@dataclass(frozen=True)
+class View:
+    """A source as a sync sees it, and how."""
+
+    root: int
+    source: Source
+    scan: Scan | None
+    """None for a source whose stamp tells that it holds what it held."""
+    all_pages: bool = False
+    verify: bool = False
+    """Read unchanged files too."""
+    excluded: Callable[[FoundImage], bool] = lambda _: False
+    """Whether a file that was not found is there and left out on purpose, now that the options are others."""
+
+
 @dataclass
 class Changes:
     """What a sync has to do, over all its roots."""
@@ -65,10 +83,14 @@ class Changes:
     n_failed: int = 0
     """Bad files that are as they were, and need not be read."""
     wanted: list[Wanted] = field(default_factory=list)
-    gone: dict[Path, list[StoredFile]] = field(default_factory=dict)
-    """By root: files that were there and are not."""
-    n_stored: dict[Path, int] = field(default_factory=dict)
-    """By root: files that the catalog has."""
+    gone: dict[str, list[StoredFile]] = field(default_factory=dict)
+    """By location of the root: files that were there and are not."""
+    excluded: list[StoredFile] = field(default_factory=list)
+    """Files that leave the index because it was asked for, and no sign of a missing disk."""
+    relabelled: list[tuple[int, str]] = field(default_factory=list)
+    """Files (their id) of which a table says something else now."""
+    n_stored: dict[str, int] = field(default_factory=dict)
+    """By location of the root: files that the catalog has."""
     n_out_of_reach: int = 0
     """Files with a vector of another model only, below folders that could not be listed."""
 
@@ -78,41 +100,50 @@ class Changes:
         return [wanted for wanted in self.wanted if wanted.stored is None and wanted.found.size in sizes]
 
 
-def compare(
-    changes: Changes, *, root: int, root_path: Path, scan: Scan, stored: Iterable[StoredFile], keys: DecoderKeys
-) -> None:
+def compare(changes: Changes, view: View, stored: Iterable[StoredFile], keys: DecoderKeys) -> None:
     """Add to `changes` what is to be done for one root.
 
     Goes through the catalog's rows one by one and keeps none that are as they were: memory holds one list of names.
     """
-    found = {image.path: image for image in scan.images}
-    hidden = tuple(f"{folder}/" for folder, _ in scan.unreadable_folders)
-    gone = changes.gone.setdefault(root_path, [])
+    found = {(image.path, image.member): image for image in view.scan.images} if view.scan else None
+    hidden = tuple(f"{folder}/" for folder, _ in view.scan.unreadable_folders) if view.scan else ()
+    gone = changes.gone.setdefault(view.source.location, [])
     wanted: list[Wanted] = []
     n_stored = 0
     for before in stored:
         n_stored += 1
-        image = found.pop(before.path, None)
+        image = _as_stored(before) if found is None else found.pop((before.path, before.member), None)
         if image is None:
             if not (hidden and before.path.startswith(hidden)):
-                gone.append(before)
+                (changes.excluded if view.excluded(_as_stored(before)) else gone).append(before)
             elif before.status == OK and not before.embedded:
                 changes.n_out_of_reach += 1
-        elif not _needs_no_reading(before, image, keys):
-            wanted.append(Wanted(root, root_path, image, before))
-        elif before.status == OK:
+            continue
+        same = _needs_no_reading(before, image, keys, all_pages=view.all_pages)
+        if not same or view.verify:
+            wanted.append(Wanted(view.root, view.source, image, before, view.all_pages, verified=same))
+            continue
+        if before.metadata != image.metadata:
+            changes.relabelled.append((before.id, image.metadata))
+        if before.status == OK:
             changes.n_unchanged += 1
         else:
             changes.n_failed += 1
-    changes.n_stored[root_path] = n_stored
-    wanted += [Wanted(root, root_path, image, None) for image in found.values()]
-    changes.wanted += sorted(wanted, key=lambda each: os.fsencode(each.found.path))
+    changes.n_stored[view.source.location] = n_stored
+    wanted += [Wanted(view.root, view.source, image, None, view.all_pages) for image in (found or {}).values()]
+    changes.wanted += sorted(wanted, key=lambda each: (os.fsencode(each.found.path), os.fsencode(each.found.member)))
 
 
-def _needs_no_reading(before: StoredFile, found: FoundImage, keys: DecoderKeys) -> bool:
+def _as_stored(before: StoredFile) -> FoundImage:
+    return FoundImage(before.path, before.size, before.mtime_ns, before.member, before.metadata)
+
+
+def _needs_no_reading(before: StoredFile, found: FoundImage, keys: DecoderKeys, *, all_pages: bool) -> bool:
     if (before.size, before.mtime_ns) != (found.size, found.mtime_ns):
         return False
-    return before.embedded if before.status == OK else before.decoders == keys.of(before.status)
+    if before.status != OK:
+        return before.decoders == keys.of(before.status)
+    return before.embedded and (before.frames is not None or not all_pages)
 
 
 def match_moves(hashes: Mapping[Wanted, str], changes: Changes) -> dict[Wanted, StoredFile]:
@@ -125,7 +156,7 @@ def match_moves(hashes: Mapping[Wanted, str], changes: Changes) -> dict[Wanted, 
         if stored.content_hash:
             by_content[stored.content_hash].append(stored)
     for candidates in by_content.values():
-        candidates.sort(key=lambda stored: os.fsencode(stored.path), reverse=True)
+        candidates.sort(key=lambda stored: (os.fsencode(stored.path), os.fsencode(stored.member)), reverse=True)
     moves = {wanted: by_content[content].pop() for wanted, content in hashes.items() if by_content.get(content)}
     found_again = {stored.id for stored in moves.values()}
     for root, gone in changes.gone.items():

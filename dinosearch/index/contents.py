@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from dinosearch.index.catalog import Catalog, Failure
+from dinosearch.index.catalog import Catalog
 from dinosearch.index.generation import details_of
+from dinosearch.index.sources import FollowedSources
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,18 @@ class FaissInfo:
 
 
 @dataclass(frozen=True)
+class SourceInfo:
+    """A source that an index follows."""
+
+    kind: str
+    """folder, files, glob, list, table, archive or remote."""
+    location: str
+    exclude: tuple[str, ...]
+    include_hidden: bool
+    all_pages: bool
+
+
+@dataclass(frozen=True)
 class IndexInfo:
     """Figures of an index."""
 
@@ -46,6 +60,12 @@ class IndexInfo:
     model: str
     fingerprint: str
     roots: list[str]
+    """Locations of the sources."""
+    sources: list[SourceInfo]
+    metadata: list[str]
+    """Columns that tables give besides the path."""
+    shard: str | None
+    """i/n, if this is one of n parts that `merge` makes one index of."""
     faiss: FaissInfo | None
     """None until a first run has come to its end."""
 
@@ -59,6 +79,19 @@ class IndexedFile:
     relative: str
     """Below its root, "/" between parts."""
     root: Path
+    member: str = ""
+    """Name inside an archive."""
+    frame: int = 0
+
+
+class Failure(NamedTuple):
+    """A file without a vector, and why."""
+
+    path: str
+    """Absolute path or URL."""
+    status: str
+    reason: str
+    frame: int = 0
 
 
 def index_info(index_path: Path) -> IndexInfo:
@@ -78,6 +111,7 @@ def index_info(index_path: Path) -> IndexInfo:
                 parameters=details.parameters,
                 recall_target=details.target,
             )
+        roots = catalog.roots().values()
         return IndexInfo(
             index=index_path.name,
             images=catalog.n_images(),
@@ -85,24 +119,39 @@ def index_info(index_path: Path) -> IndexInfo:
             failed=catalog.n_failed(),
             model=catalog.meta("model"),
             fingerprint=fingerprint,
-            roots=[str(root) for root in catalog.roots().values()],
+            roots=[root.location for root in roots],
+            sources=[SourceInfo(root.kind, root.location, **asdict(root.options)) for root in roots],
+            metadata=catalog.metadata_columns(),
+            shard=catalog.shard(),
             faiss=faiss,
         )
 
 
 def failures(index_path: Path) -> Iterator[Failure]:
-    """Files without a vector (absolute path, status, reason), by path."""
+    """Files without a vector, by path."""
     with Catalog.open(index_path) as catalog:
-        yield from catalog.failures()
+        sources = FollowedSources(catalog)
+        for file in catalog.failures():
+            yield Failure(sources.shown_path(file), file.status, file.reason, file.frame)
 
 
 def read_vectors(index_path: Path) -> tuple[list[IndexedFile], np.ndarray]:
-    """Files that can be searched, by root and path, and their unit vectors float32 [n, dim], a row for each."""
+    """What can be searched, by root, path, member and frame, and unit vectors float32 [n, dim], a row for each."""
     with Catalog.open(index_path) as catalog:
+        sources = FollowedSources(catalog)
         files: list[IndexedFile] = []
-        found = np.empty((catalog.n_images(), int(catalog.meta("dim"))), dtype=np.float32)
+        found = np.empty((catalog.n_live(), int(catalog.meta("dim"))), dtype=np.float32)
         for block, vectors in catalog.live_vectors():
             block = block[: len(found) - len(files)]  # a writer may have added some since they were counted
             found[len(files) : len(files) + len(block)] = vectors[: len(block)]
-            files += [IndexedFile(file.root / file.path, file.path, file.root) for file in block]
+            files += [
+                IndexedFile(
+                    Path(sources.shown_path(file)),
+                    file.path,
+                    Path(sources.by_root[file.root].location),
+                    file.member,
+                    file.frame,
+                )
+                for file in block
+            ]
     return files, found[: len(files)]

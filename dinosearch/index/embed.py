@@ -7,7 +7,6 @@ embedded once: what the catalog knows is not decoded, and a copy of a file still
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from collections import Counter, defaultdict
@@ -19,9 +18,11 @@ import numpy as np
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BadImage, Fit, content_hash, decode, decoders, pixel_budget
-from dinosearch.images.read import in_threads, read_bytes
-from dinosearch.index.catalog import OK, UNREADABLE, Catalog, Content, FileRow
+from dinosearch.images.read import in_threads
+from dinosearch.index.catalog import Catalog
 from dinosearch.index.compare import DecoderKeys, Wanted
+from dinosearch.index.reading import Reading, readings
+from dinosearch.index.rows import OK, UNREADABLE, Content, FileRow
 
 if TYPE_CHECKING:
     from dinosearch.encoder import Encoder
@@ -32,20 +33,6 @@ SAVE_FILES = 1000
 
 _AHEAD_BYTES = 128 << 20  # pixels waiting for the encoder, whatever their size
 _LULL_SECONDS = 0.5  # with nothing for the encoder in so long, what it has begun is finished and progress is shown
-_READ_ATTEMPTS = 3
-# A write soon after the last one may leave the time as it is: clocks of file systems tick in steps of up to 10 ms, of
-# some (FAT, old NFS; they show whole seconds) up to 2 s. A time so close to the reading is not trusted the next time.
-_FINE_TICK_NS = 20_000_000
-_COARSE_TICK_NS = 2_000_000_000
-UNTRUSTED_TIME = -1
-
-
-@dataclass(frozen=True, slots=True)
-class StableBytes:
-    """A file's bytes with the size and time it had while they were read."""
-
-    data: bytes
-    mtime_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +60,8 @@ class Embedding:
         self.outcomes: Counter[str] = Counter()
         """Files by new, changed, moved, unchanged, failed."""
         self.n_embedded = 0
+        self.n_altered = 0
+        """Verified files whose content is another one though size and time are the same."""
         self._catalog = catalog
         self._fingerprint = model.fingerprint
         self._dim = model.dim
@@ -80,6 +69,7 @@ class Embedding:
         self._encoder_for = encoder_for
         self._encoder: Encoder | None = None
         self._keys = keys
+        self._hash_algorithm = catalog.meta("content_hash")
         self._workers = workers
         self._max_pixels = pixel_budget(workers)
         # Guards the three below together with the catalog's rows they stand for.
@@ -104,7 +94,7 @@ class Embedding:
         """Read all; whatever ends this early, what was embedded is saved."""
         self._began = self._saved = time.monotonic()
         ahead = max(2 * self._workers, min(16 * self._workers, _AHEAD_BYTES // (3 * self._fit.image_size**2)))
-        results = in_threads(self._read, wanted, workers=self._workers, ahead=ahead)
+        results = in_threads(self._read, readings(wanted), workers=self._workers, ahead=ahead)
         assert isinstance(results, Generator)
         try:
             for result in results:
@@ -119,14 +109,18 @@ class Embedding:
             results.close()
             self._save()
 
-    def _read(self, wanted: Wanted) -> _Read:
+    def _read(self, reading: Reading) -> _Read:
         """Runs in a reader thread."""
-        row = FileRow(wanted.root, wanted.found.path, wanted.found.size, wanted.found.mtime_ns, None, UNREADABLE)
+        wanted, found = reading.wanted, reading.wanted.found
+        row = FileRow(
+            wanted.root, found.path, found.size, found.mtime_ns, None, UNREADABLE,
+            member=found.member, metadata=found.metadata,
+        )  # fmt: skip
         try:
-            stable = read_stable(wanted.path)
+            stable = reading.stable_bytes()
         except BadImage as bad:
             return _Read(wanted, row, Content(bad.status, bad.reason, None, None))
-        content = content_hash(stable.data)
+        content = content_hash(stable.data, self._hash_algorithm)
         row = replace(row, size=len(stable.data), mtime_ns=stable.mtime_ns, content_hash=content)
         with self._lock:
             known = self._known(content)
@@ -175,7 +169,7 @@ class Embedding:
             yield
 
     def _store(self, results: list[_Read], vectors: np.ndarray) -> None:
-        contents = [(r.row.content_hash or "", r.row.width or 0, r.row.height or 0) for r in results]
+        contents = [(r.row.content_hash or "", 0, r.row.width or 0, r.row.height or 0) for r in results]
         with self._lock:
             self._catalog.put_vectors(contents, vectors, fingerprint=self._fingerprint)
             self.n_embedded += len(results)
@@ -203,7 +197,9 @@ class Embedding:
         for each in results:
             row = replace(each.row, status=status, reason=reason, width=width, height=height, decoders=tried)
             rows.append(row)
-            self.outcomes[each.wanted.outcome(row)] += 1
+            outcome = each.wanted.outcome(row)
+            self.outcomes[outcome] += 1
+            self.n_altered += outcome == "changed" and each.wanted.verified
         self._under_way.discard(content_hash or "")
         self._n_unsaved += len(rows)
         return rows
@@ -220,31 +216,3 @@ class Embedding:
 
 def decoder_keys(workers: int) -> DecoderKeys:
     return DecoderKeys(decoders(), f"{decoders()}, at most {pixel_budget(workers)} pixels")
-
-
-def read_stable(path: str) -> StableBytes:
-    """The bytes of a file that did not change meanwhile. Raises BadImage("unreadable") when it cannot be read so.
-
-    The time is UNTRUSTED_TIME where a later change might leave it as it is.
-    """
-    for _ in range(_READ_ATTEMPTS):
-        began = time.time_ns()
-        before = _stat(path)
-        data = read_bytes(path)
-        after = _stat(path)
-        if _state(before) == _state(after) and len(data) == before.st_size:
-            tick = _FINE_TICK_NS if before.st_mtime_ns % 1_000_000_000 else _COARSE_TICK_NS
-            recent = abs(began - before.st_mtime_ns) < tick
-            return StableBytes(data, UNTRUSTED_TIME if recent else before.st_mtime_ns)
-    raise BadImage(UNREADABLE, "it changes while it is read")
-
-
-def _stat(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)  # noqa: PTH116 - surrogate escapes pass, and it is fast
-    except OSError as error:
-        raise BadImage(UNREADABLE, error.strerror or str(error)) from error
-
-
-def _state(stat: os.stat_result) -> tuple[int, int, int, int]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

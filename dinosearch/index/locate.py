@@ -1,13 +1,14 @@
-"""Which index is meant: by name, by folder, by the folder of images it follows, or the newest."""
+"""Which index is meant: by name, by folder, by the sources it follows, or the newest."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dinosearch.errors import DinosearchError, IndexNotFound, IndexUnusable, UsageError
+from dinosearch.errors import IndexNotFound, IndexUnusable, UsageError
+from dinosearch.images.source import Source
 from dinosearch.index.catalog import Catalog, is_index
 
 
@@ -47,33 +48,41 @@ def resolve_index(spec: str | None, *, indexes: Path, note: Callable[[str], None
     return found[0]
 
 
-def require_folders(roots: list[Path]) -> None:
-    """Raise DinosearchError for a folder that is not there, before a model is looked for, or even fetched."""
-    for root in roots:
-        if not root.is_dir():
-            raise DinosearchError(f"no folder {root}. Check the path; what is indexed of it stays as it is")
+def index_for(sources: Sequence[Source], *, name: str | None, indexes: Path, shard: str | None = None) -> Path:
+    """Where to index sources: under `name`; else in the index that follows them; else under the first one's name.
 
-
-def index_for(roots: list[Path], *, name: str | None, indexes: Path) -> Path:
-    """Where to index folders: under `name`; else in the index that follows them; else under the first one's name.
-
-    A name that another folder's index has gets a number: name-2. Raises UsageError for a name that is no file name.
+    A name that another source's index has gets a number: name-2; one of a shard says which part it is.
+    Raises UsageError for a name that is no file name.
     """
     if name is not None:
-        if not re.fullmatch(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", name):
-            raise UsageError(f"{name!r} cannot be the name of an index. Use letters, digits, - and _")
-        return indexes / name
-    resolved = {root.resolve() for root in roots}
+        return indexes / checked_name(name)
+    locations = {source.location for source in sources}
     for path in list_indexes(indexes):
         with Catalog.open(path) as catalog:
-            if resolved <= set(catalog.roots().values()):
+            if catalog.shard() == shard and locations <= {root.location for root in catalog.roots().values()}:
                 return path
-    base = roots[0].resolve().name.lstrip(".") or "images"
-    base = os.fsencode(base).decode("utf-8", "replace")
+    base = _base_name(sources[0]) + (f"-shard-{shard.replace('/', '-of-')}" if shard else "")
     path, number = indexes / base, 2
     while path.exists() and not _begun(path):
         path, number = indexes / f"{base}-{number}", number + 1
     return path
+
+
+def checked_name(name: str) -> str:
+    """Raises UsageError for a name that is no file name."""
+    if not re.fullmatch(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]*", name):
+        raise UsageError(f"{name!r} cannot be the name of an index. Use letters, digits, - and _")
+    return name
+
+
+def _base_name(source: Source) -> str:
+    """Last part of the location that is no pattern, without what makes a file's name end."""
+    parts = [part for part in re.split(r"[/\\]", source.location) if part and not re.search(r"[*?\[]", part)]
+    base = parts[-1] if parts else ""
+    if source.kind in ("archive", "list", "table"):
+        base = base.partition(".")[0]
+    base = re.sub(r"[\x00-\x1f]", "", base).lstrip(".") or "images"
+    return os.fsencode(base).decode("utf-8", "replace")
 
 
 def _begun(path: Path) -> bool:

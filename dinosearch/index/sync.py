@@ -1,6 +1,6 @@
-"""Bring an index up to date with its folders: scan, compare, match moves, embed, write the FAISS file.
+"""Bring an index up to date with its sources: survey, compare, match moves, embed, write the FAISS file.
 
-The order keeps every promise: the lock first; nothing is changed before all roots were scanned and the share of files
+The order keeps every promise: the lock first; nothing is changed before all sources were scanned and the share of files
 that are gone was judged; moves and deletions in one transaction; then embedding, saved every few seconds; last the
 FAISS file, and in one transaction with it the switch to another model. Killed anywhere, the state before keeps
 answering and the next run goes on from there. A content is embedded once for a model, so going back to an
@@ -9,24 +9,29 @@ earlier model is cheap.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinosearch.errors import DinosearchError, IndexNotFound, UsageError
 from dinosearch.images.decode import BadImage, content_hash
-from dinosearch.images.find import Scan, find_images
 from dinosearch.images.machine import n_cores
 from dinosearch.images.read import in_threads
+from dinosearch.images.source import FoundImage, Source
+from dinosearch.images.sources import known_source
 from dinosearch.index import generation
-from dinosearch.index.catalog import OK, Catalog, StoredFile, is_index
-from dinosearch.index.compare import Changes, DecoderKeys, Wanted, compare, match_moves, refuse_mass_deletion
-from dinosearch.index.embed import Embedding, decoder_keys, read_stable
+from dinosearch.index.catalog import Catalog, is_index
+from dinosearch.index.compare import Changes, DecoderKeys, View, Wanted, compare, match_moves, refuse_mass_deletion
+from dinosearch.index.embed import Embedding, decoder_keys
 from dinosearch.index.lock import writer_lock
+from dinosearch.index.reading import Reading, readings
+from dinosearch.index.rows import OK, FileRow, Root, StoredFile
+from dinosearch.index.survey import GivenOptions, Shard, Survey, refuse_overlap, say_options, survey
 
 if TYPE_CHECKING:
     from dinosearch.encoder import Encoder
@@ -74,44 +79,70 @@ class SyncProgress:
 
 
 def sync_index(
-    roots: list[Path],
+    sources: Iterable[Source | Path],
     *,
     index_path: Path,
     model: ModelFolder,
     encoder_for: Callable[[], Encoder],
+    options: GivenOptions | None = None,
+    shard: Shard | None = None,
     allow_deletions: bool = False,
+    verify: bool = False,
     prune: bool = False,
     workers: int | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Generator[SyncProgress, None, None]:
-    """Make or update the index in `index_path` from folders; roots it has besides stay as they are.
+    """Make or update the index in `index_path` from sources, or folders; those it has besides stay as they are.
 
-    With another model than the index answers with, all its roots are embedded anew beside the old vectors, which
+    With another model than the index answers with, all its sources are embedded anew beside the old vectors, which
     answer until everything is there. `encoder_for` is called once something has to be embedded, never before.
-    `allow_deletions` accepts that more than 20 % of a root's files are gone; `prune` forgets vectors that no file
-    needs. Close the generator (`contextlib.closing`) when leaving it early: that saves what was embedded.
-    Raises DinosearchError when a root is missing, empty, half gone or inside another one, and IndexLocked.
+    `options` are remembered with each source. `shard` takes only that part of the images, and is the index's for
+    good. `allow_deletions` accepts that more than 20 % of a source's files are gone; `verify` reads unchanged files
+    too; `prune` forgets vectors that no file needs. Close the generator (`contextlib.closing`) when leaving it early:
+    that saves what was embedded.
+    Raises DinosearchError when a source is missing, empty, half gone or inside another one, and IndexLocked.
     """
     began = time.monotonic()
+    options = options or GivenOptions()
     workers = workers or n_cores()
-    roots = list(dict.fromkeys(root.resolve() for root in roots))
+    asked = _as_sources(sources)
     yield SyncProgress("scan")
-    # A new index gets its folder only when its roots are sound; an existing one is locked before the long scan.
-    scans = {} if is_index(index_path) else _scan(roots, note)
+    # A new index gets its folder only when its sources are sound; an existing one is locked before the long scan.
+    surveys: list[Survey] = []
+    if not is_index(index_path):
+        refuse_overlap(asked.values())
+        surveys = [survey(source, None, options, shard=shard, note=note) for source in asked.values()]
     _make_folder(index_path)
-    with writer_lock(index_path), _open_or_create(index_path, model, note) as catalog:
+    with writer_lock(index_path), _open_or_create(index_path, model, shard, note) as catalog:
+        catalog.finish_erasure()
+        shard = _own_shard(catalog, shard, note)
+        roots = {root.location: root for root in catalog.roots().values()}
         switching = catalog.fingerprint != model.fingerprint
         if switching:
-            roots = list(dict.fromkeys([*roots, *catalog.roots().values()]))
-        _refuse_overlap([*roots, *catalog.roots().values()])
-        scans = scans or _scan(roots, note)
+            asked |= {root.location: known_source(root.kind, root.location) for root in roots.values()} | asked
+        refuse_overlap([*asked.values(), *roots.values()])
+        if not surveys:
+            surveys = [
+                survey(
+                    source,
+                    roots.get(location),
+                    options,
+                    known_names=_known_names(catalog, roots.get(location)),
+                    verify=verify,
+                    shard=shard,
+                    note=note,
+                )
+                for location, source in asked.items()
+            ]
+        say_options(surveys, options, note)
         keys = decoder_keys(workers)
         changes = Changes()
-        for root in roots:
-            number = catalog.add_root(root)
+        numbers = {}
+        for each in surveys:
+            number = numbers[each.source.location] = _remember(catalog, each, roots.get(each.source.location))
             stored = catalog.stored_files(number, fingerprint=model.fingerprint)
-            compare(changes, root=number, root_path=root, scan=scans[root], stored=stored, keys=keys)
-        moves = yield from _match_moves(changes, workers)
+            compare(changes, _view(number, each, verify=verify), stored, keys)
+        moves = yield from _match_moves(changes, catalog.meta("content_hash"), workers)
         if not allow_deletions:
             refuse_mass_deletion(changes)
         outcomes = _apply(catalog, changes, moves, keys)
@@ -125,13 +156,20 @@ def sync_index(
                 yield _progress_of(embedding, len(changes.wanted))
         yield _progress_of(embedding, len(changes.wanted))
         outcomes += embedding.outcomes
+        if embedding.n_altered:
+            note(
+                f"{embedding.n_altered} files hold something else than before under the same size and time: they are "
+                "embedded anew. Check their disk if nobody changed them"
+            )
 
         yield SyncProgress("finish")
+        _remember_stamps(catalog, surveys, numbers)
         if switching and changes.n_out_of_reach:
             note(
-                f"{changes.n_out_of_reach} images lie in folders that cannot be listed and have no vector "
+                f"{changes.n_out_of_reach} images are out of reach now and have no vector "
                 f"of {model.name} yet: {catalog.meta('model')} answers until they are within reach or gone"
             )
+            catalog.commit()
         else:
             _finish(catalog, model, prune=prune)
         summary = SyncSummary(
@@ -151,17 +189,14 @@ def sync_index(
     yield SyncProgress("finish", summary=summary)
 
 
-def _scan(roots: list[Path], note: Callable[[str], None]) -> dict[Path, Scan]:
-    scans = {}
-    for root in roots:
-        scan = scans[root] = find_images(root)
-        if not scan.images:
-            raise DinosearchError(
-                f"no image found in {root}; nothing was changed. Check the path, and that its disk is attached"
-            )
-        for folder, reason in scan.unreadable_folders:
-            note(f"{root / folder} cannot be listed ({reason}): what lies there stays as it was")
-    return scans
+def _as_sources(sources: Iterable[Source | Path]) -> dict[str, Source]:
+    found: dict[str, Source] = {}
+    for each in sources:
+        source = known_source("folder", str(each.resolve())) if isinstance(each, Path) else each
+        first = found.setdefault(source.location, source)
+        if first.kind != source.kind:
+            raise UsageError(f"{source.location} is given as a {first.kind} and as {source.kind}. Give one of them")
+    return found
 
 
 def _make_folder(index_path: Path) -> None:
@@ -173,20 +208,71 @@ def _make_folder(index_path: Path) -> None:
         ) from error
 
 
-def _open_or_create(index_path: Path, model: ModelFolder, note: Callable[[str], None]) -> Catalog:
+def _open_or_create(index_path: Path, model: ModelFolder, shard: Shard | None, note: Callable[[str], None]) -> Catalog:
     try:
         return Catalog.open(index_path, writable=True, note=note)
     except IndexNotFound:
-        return Catalog.create(index_path, fingerprint=model.fingerprint, model=model.name, dim=model.dim, note=note)
+        return Catalog.create(
+            index_path,
+            fingerprint=model.fingerprint,
+            model=model.name,
+            dim=model.dim,
+            shard=str(shard) if shard else None,
+            note=note,
+        )
 
 
-def _refuse_overlap(roots: list[Path]) -> None:
-    for outer in roots:
-        for inner in roots:
-            if outer in inner.parents:
-                raise UsageError(
-                    f"{inner} lies inside {outer}, which is indexed here too. Index one of them, or use two indexes"
-                )
+def _own_shard(catalog: Catalog, shard: Shard | None, note: Callable[[str], None]) -> Shard | None:
+    """The part that the index holds; it stays the same for good."""
+    own = catalog.shard()
+    if shard and str(shard) != own:
+        held = f"shard {own}" if own else "all images"
+        raise UsageError(f"the index in {catalog.path.parent} holds {held}, not shard {shard}. Give another --name")
+    if own and not shard:
+        note(f"{catalog.path.parent.name} holds shard {own}: other images are passed over")
+    return Shard.parse(own) if own else None
+
+
+def _known_names(catalog: Catalog, root: Root | None) -> list[str]:
+    """Of files that were named one by one: the names of earlier runs."""
+    if root is None or root.kind != "files":
+        return []
+    return [stored.path for stored in catalog.stored_files(root.id, fingerprint=catalog.fingerprint)]
+
+
+def _remember(catalog: Catalog, each: Survey, root: Root | None) -> int:
+    """Number of a source in the catalog, with the options it is seen by from now on."""
+    number = catalog.add_root(each.source.kind, each.source.location)
+    if root is None or root.options != each.options:
+        catalog.set_options(number, each.options)
+        if root is not None and root.options.all_pages and not each.options.all_pages:
+            catalog.forget_frames(number)
+    return number
+
+
+def _remember_stamps(catalog: Catalog, surveys: list[Survey], numbers: dict[str, int]) -> None:
+    """Only now that everything was looked at: a run that was cut short looks again."""
+    for each in surveys:
+        number = numbers[each.source.location]
+        if each.stamp is not None and each.scan is not None and not catalog.has_untrusted_times(number):
+            catalog.set_stamp(number, each.stamp)
+
+
+def _view(number: int, each: Survey, *, verify: bool) -> View:
+    source = each.source
+
+    def excluded(image: FoundImage) -> bool:
+        path = source.file_path(image)
+        return path is not None and os.path.lexists(path)
+
+    return View(
+        number,
+        source,
+        each.scan,
+        all_pages=each.options.all_pages,
+        verify=verify,
+        excluded=excluded if each.seen_otherwise else lambda _: False,
+    )
 
 
 @dataclass(frozen=True)
@@ -198,13 +284,22 @@ class _Move:
     mtime_ns: int
 
 
-def _match_moves(changes: Changes, workers: int) -> Generator[SyncProgress, None, list[_Move]]:
+def _match_moves(changes: Changes, algorithm: str, workers: int) -> Generator[SyncProgress, None, list[_Move]]:
     """Takes out of `changes` what is gone here and new there with the same content."""
     news = changes.news_like_gone()
     hashes: dict[Wanted, str] = {}
     times: dict[Wanted, int] = {}
     shown = time.monotonic()
-    for wanted, content, mtime_ns in in_threads(_hash_of, news, workers=workers, ahead=4 * workers):
+
+    def hash_of(reading: Reading) -> tuple[Wanted, str, int]:
+        try:
+            stable = reading.stable_bytes()
+        except BadImage:
+            return reading.wanted, "", 0  # it is read again with the other new files, and reported there
+        # A file that another has replaced since the scan is none of the files that are gone: its size was not compared.
+        return reading.wanted, content_hash(stable.data, algorithm), stable.mtime_ns
+
+    for wanted, content, mtime_ns in in_threads(hash_of, readings(news), workers=workers, ahead=4 * workers):
         if content:
             hashes[wanted], times[wanted] = content, mtime_ns
         if time.monotonic() - shown > _PROGRESS_SECONDS:
@@ -213,34 +308,38 @@ def _match_moves(changes: Changes, workers: int) -> Generator[SyncProgress, None
     return [_Move(wanted, stored, times[wanted]) for wanted, stored in match_moves(hashes, changes).items()]
 
 
-def _hash_of(wanted: Wanted) -> tuple[Wanted, str, int]:
-    try:
-        stable = read_stable(wanted.path)
-    except BadImage:
-        return wanted, "", 0  # it is read again with the other new files, and reported there
-    # A file that another has replaced since the scan is none of the files that are gone: its size was not compared.
-    return wanted, content_hash(stable.data), stable.mtime_ns
-
-
 def _apply(catalog: Catalog, changes: Changes, moves: list[_Move], keys: DecoderKeys) -> Counter[str]:
     """Moves and deletions, in one transaction. Moved files that need reading join `changes.wanted`."""
     outcomes = Counter(unchanged=changes.n_unchanged, failed=changes.n_failed)
     for move in moves:
         wanted, stored = move.wanted, move.stored
-        if stored.status == OK and stored.embedded:
+        if stored.status == OK and stored.embedded and (stored.frames is not None) >= wanted.all_pages:
             outcomes["moved"] += 1
         elif stored.status != OK and stored.decoders == keys.of(stored.status):
             outcomes["failed"] += 1
         else:
             changes.wanted.append(replace(wanted, stored=stored, moved=True))
-    catalog.move_files(
-        (m.stored.id, m.wanted.root, m.wanted.found.path, m.wanted.found.size, m.mtime_ns) for m in moves
-    )
-    for gone in changes.gone.values():
+    catalog.move_files((move.stored.id, _moved_row(move)) for move in moves)
+    catalog.set_metadata(changes.relabelled)
+    for gone in [*changes.gone.values(), changes.excluded]:
         catalog.remove_files(stored.id for stored in gone)
         outcomes["deleted"] += len(gone)
     catalog.commit()
     return outcomes
+
+
+def _moved_row(move: _Move) -> FileRow:
+    found, stored = move.wanted.found, move.stored
+    return FileRow(
+        move.wanted.root,
+        found.path,
+        found.size,
+        move.mtime_ns,
+        stored.content_hash,
+        stored.status,
+        member=found.member,
+        metadata=found.metadata,
+    )
 
 
 def _check_disk(index_path: Path, n_images: int, dim: int) -> None:

@@ -19,6 +19,7 @@ from dinosearch.errors import IndexUnusable, ModelMismatch
 from dinosearch.images.decode import BadImage, decode
 from dinosearch.images.read import in_threads, read_bytes
 from dinosearch.index.catalog import Catalog
+from dinosearch.index.sources import FollowedSources
 from dinosearch.index.vectors import Candidates, open_vectors
 
 if TYPE_CHECKING:
@@ -115,9 +116,10 @@ class OpenIndex:
         self._vectors, self._version = vectors, version
 
     def _paths_of(self, candidates: Candidates) -> dict[int, list[Path]]:
+        sources = FollowedSources(self._catalog)
         paths: defaultdict[int, list[Path]] = defaultdict(list)
         for file in self._catalog.live_files(vector_ids=np.unique(candidates.ids).tolist()):
-            paths[file.vector_id].append(file.root / file.path)
+            paths[file.vector_id].append(Path(sources.shown_path(file)))
         return paths
 
 

@@ -1,0 +1,296 @@
+"""Decode image files in processes that may hang, crash or run out of memory without harm to this one.
+
+Each thread that uses the pool holds one process at a time. A file is handled in two steps, so that a known content
+costs no decoding: the process reads and hashes it, then decodes it if asked to. A process that takes longer than the
+limit is killed, its file is "too-large"; so is one whose memory the system refuses. One that crashes makes its file
+"corrupt". The next file gets a new process.
+
+Processes are started when first needed and talk through pipes: a square passes through in about 0.1 ms, a twentieth
+of what decoding it takes, and nothing is left behind by whoever is killed. They end when their pipe does, so also
+when this process is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinosearch.errors import DinosearchError
+from dinosearch.images.decode import BYTES_PER_PIXEL, BadImage, Fit, Picture
+from dinosearch.images.workerprocess import NO_MEMORY, receive, send
+
+SECONDS = 60.0
+"""Given to a file: the largest that the budget allows take about 10 s on a slow processor."""
+
+_START_SECONDS = 60.0  # a cold disk and a busy machine
+_SPARE_BYTES = 192 << 20  # what Python, its libraries and small files take besides the pixels
+_STDERR_BYTES = 2000
+_ENDED = BadImage("unreadable", "the pool of decoding processes was closed")
+
+
+@dataclass(frozen=True)
+class WorkerTimes:
+    """Seconds that the processes of a pool have spent so far, all together."""
+
+    reading: float = 0.0
+    decoding: float = 0.0
+
+
+class DecodePool:
+    """`workers` processes that read and decode. Close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        fit: Fit,
+        *,
+        workers: int,
+        max_pixels: int,
+        algorithm: str = "blake3",
+        seconds: float = SECONDS,
+    ) -> None:
+        self._job = {
+            "fit": asdict(fit),
+            "max_pixels": max_pixels,
+            "algorithm": algorithm,
+            "seconds": seconds,
+            "memory": max_pixels * BYTES_PER_PIXEL + _SPARE_BYTES,
+        }
+        self._seconds = seconds
+        self._side = fit.image_size
+        self._free = threading.BoundedSemaphore(workers)
+        self._lock = threading.Lock()
+        self._idle: list[_Worker] = []
+        self._all: set[_Worker] = set()
+        self._closed = threading.Event()
+        self._watchdog: threading.Thread | None = None
+        self.times = WorkerTimes()
+        """Only ever replaced as a whole, so it can be read at any time."""
+
+    @contextmanager
+    def read(self, path: str) -> Iterator[OpenFile]:
+        """Have a local file read and hashed. Raises BadImage when it cannot be read."""
+        with self._worker() as worker:
+            yield self._opened(worker, {"do": "read"}, os.fsencode(path))
+
+    @contextmanager
+    def take(self, data: bytes) -> Iterator[OpenFile]:
+        """Have bytes hashed that were read here. Raises BadImage."""
+        with self._worker() as worker:
+            yield self._opened(worker, {"do": "take"}, data)
+
+    def close(self) -> None:
+        """End the processes; those at work are killed."""
+        self._closed.set()
+        with self._lock:
+            idle, self._idle = self._idle, []
+            at_work = self._all.difference(idle)
+        for worker in idle:
+            worker.end()
+        for worker in at_work:
+            worker.cancel()
+        if self._watchdog:
+            self._watchdog.join()
+
+    def __enter__(self) -> DecodePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _worker(self) -> Iterator[_Worker]:
+        with self._free:
+            worker = self._start_or_reuse()
+            try:
+                yield worker
+            finally:
+                with self._lock:
+                    reusable = worker.alive and not self._closed.is_set()
+                    if reusable:
+                        self._idle.append(worker)
+                    else:
+                        self._all.discard(worker)
+                if not reusable:
+                    worker.end()
+
+    def _start_or_reuse(self) -> _Worker:
+        with self._lock:
+            if self._closed.is_set():
+                raise _ENDED
+            if self._idle:
+                return self._idle.pop()
+            if self._watchdog is None:
+                self._watchdog = threading.Thread(target=self._watch, name="decoding watchdog", daemon=True)
+                self._watchdog.start()
+        worker = _Worker(self._job)
+        with self._lock:
+            self._all.add(worker)
+            if self._closed.is_set():
+                worker.cancel()
+        return worker
+
+    def _watch(self) -> None:
+        """Kill whoever is late. One thread for all, as pipes have no time-outs that work on every system."""
+        while not self._closed.wait(min(0.5, self._seconds / 4)):
+            with self._lock:
+                workers = list(self._all)
+            for worker in workers:
+                worker.kill_if_late()
+
+    def _opened(self, worker: _Worker, request: dict[str, Any], payload: bytes) -> OpenFile:
+        try:
+            reply, _ = worker.ask(request, payload, seconds=self._seconds)
+        except _Late:
+            raise BadImage("unreadable", f"not read within {self._seconds:g} s") from None
+        self._count(reading=reply["seconds"])
+        return OpenFile(self, worker, reply)
+
+    def _decode(self, worker: _Worker, frame: int, count: bool) -> tuple[Picture, int]:
+        request = {"do": "decode", "frame": frame, "count": count}
+        try:
+            reply, pixels = worker.ask(request, b"", seconds=self._seconds)
+        except _Late:
+            raise BadImage("too-large", f"not decoded within {self._seconds:g} s") from None
+        self._count(decoding=reply["seconds"])
+        square = np.frombuffer(pixels, np.uint8).reshape(self._side, self._side, 3)
+        return Picture(square, reply["width"], reply["height"]), reply["n_frames"]
+
+    def _count(self, *, reading: float = 0.0, decoding: float = 0.0) -> None:
+        with self._lock:
+            self.times = WorkerTimes(self.times.reading + reading, self.times.decoding + decoding)
+
+
+class OpenFile:
+    """A file that a process of the pool has read; valid inside the `with` that gave it."""
+
+    def __init__(self, pool: DecodePool, worker: _Worker, reply: dict[str, Any]) -> None:
+        self._pool = pool
+        self._worker = worker
+        self.content_hash: str = reply["hash"]
+        self.size: int = reply["size"]
+        """Bytes that were read."""
+        self.mtime_ns: int = reply["mtime_ns"]
+        """As `StableBytes` says; 0 for bytes that were read elsewhere."""
+
+    def decode(self) -> Picture:
+        """The square of the first frame. Raises BadImage."""
+        return self._pool._decode(self._worker, 0, False)[0]
+
+    def decode_and_count(self) -> tuple[Picture, int]:
+        """The square of the first frame, and how many frames there are, at most MOST_FRAMES. Raises BadImage."""
+        return self._pool._decode(self._worker, 0, True)
+
+    def decode_frame(self, frame: int) -> Picture:
+        """The square of a further frame; cheapest in their order. Raises BadImage."""
+        return self._pool._decode(self._worker, frame, False)[0]
+
+
+class _Late(Exception):
+    """The process was killed for taking too long."""
+
+
+class _Worker:
+    """A process at the other end of two pipes, used by one thread at a time."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        # -P: a folder of images that happens to hold a numpy.py must not be imported from.
+        code = f"import sys; sys.path.insert(0, {str(_package_path())!r})\nfrom dinosearch.images import workerprocess"
+        command = [sys.executable, "-P", "-c", f"{code}\nworkerprocess.main()", json.dumps(job)]
+        # One thread each, and so little address space for the pools that libraries would make.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env=environment)
+        self._lock = threading.Lock()
+        self._deadline: float | None = None
+        self._late = self._cancelled = False
+        self.alive = True
+        try:
+            self.ask({"do": "start"}, b"", seconds=_START_SECONDS)
+        except (_Late, BadImage) as error:
+            assert self._process.stderr
+            said = self._process.stderr.read(_STDERR_BYTES).decode(errors="replace").strip().splitlines()
+            self.end()
+            raise DinosearchError(
+                f"no decoding process can be started ({said[-1] if said else error}). "
+                "Check this Python's installation and the limits on processes and memory"
+            ) from error
+
+    def ask(self, request: dict[str, Any], payload: bytes, *, seconds: float) -> tuple[dict[str, Any], bytearray]:
+        """Send a request and wait for the reply. Raises BadImage, also when the process dies, and _Late."""
+        requests, replies = self._process.stdin, self._process.stdout
+        assert isinstance(requests, FileIO)
+        assert isinstance(replies, FileIO)
+        with self._lock:
+            self._deadline = time.monotonic() + seconds
+        try:
+            send(requests, request, payload)
+            reply, answer = receive(replies)
+        except (OSError, EOFError):
+            self.alive = False
+            raise self._cause_of_death() from None
+        finally:
+            with self._lock:
+                self._deadline = None
+        if self._late:  # killed just when it had answered
+            self.alive = False
+        if "status" in reply:
+            raise BadImage(reply["status"], reply["reason"])
+        return reply, answer
+
+    def kill_if_late(self) -> None:
+        with self._lock:
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self._late = True
+                self._process.kill()
+
+    def cancel(self) -> None:
+        """Kill the process; the thread that waits for it finds out and ends it."""
+        self._cancelled = True
+        self._process.kill()
+
+    def end(self) -> None:
+        """Kill the process and close the pipes to it. Only for who holds it."""
+        self.alive = False
+        self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe:
+                pipe.close()
+        # One that hangs in a dead network disk dies only when that answers: it is not waited for.
+        try:
+            self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return
+
+    def _cause_of_death(self) -> Exception:
+        try:
+            code = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            code = 0
+        if self._cancelled:
+            return _ENDED
+        if self._late:
+            return _Late()
+        if code == -getattr(signal, "SIGKILL", 9):
+            return BadImage("too-large", "its decoding process was killed (SIGKILL), as systems do that lack memory")
+        if code == NO_MEMORY:
+            return BadImage("too-large", "not enough memory for it")
+        died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return BadImage("corrupt", f"it crashes the decoder ({died})")
+
+
+def _package_path() -> Path:
+    """The folder that `import dinosearch` finds the package in."""
+    return Path(__file__).parent.parent.parent

@@ -1,0 +1,31 @@
+"""The sources that an index follows: what its catalog remembers of them, as places to scan and paths to show."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dinosearch.images.source import FoundImage, Source
+from dinosearch.images.sources import known_source
+from dinosearch.index.catalog import Catalog
+
+
+class _Stored(Protocol):
+    @property
+    def root(self) -> int: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def member(self) -> str: ...
+
+
+class FollowedSources:
+    """The sources of a catalog as of now, by the number of their root."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.by_root: dict[int, Source] = {
+            root.id: known_source(root.kind, root.location) for root in catalog.roots().values()
+        }
+
+    def shown_path(self, file: _Stored) -> str:
+        """Absolute path or URL of a file for people and programs."""
+        return self.by_root[file.root].shown_path(FoundImage(file.path, 0, 0, file.member))
