@@ -78,7 +78,7 @@ class Workshop:
             roots or [self.root],
             index_path=self.index,
             model=self.model,
-            encoder_for=lambda: self.encoder,
+            encoder_for=lambda _: self.encoder,
             workers=2,
             note=self.notes.append,
             **options,

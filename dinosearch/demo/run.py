@@ -196,8 +196,8 @@ class _Demo:
         from dinosearch.encoder import Encoder, open_encoder
         from dinosearch.index.sync import sync_index
 
-        def start() -> Encoder:
-            return open_encoder(model, device=self.device, note=self.note)
+        def start(planned_images: int) -> Encoder:
+            return open_encoder(model, device=self.device, planned_images=planned_images, note=self.note)
 
         path = self.folder / "indexes" / name
         sync = sync_index(
