@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dinosearch.cli import demo, index, models, probe, query, train
+from dinosearch.cli import demo, export, index, models, probe, query, train
 from dinosearch.cli.exits import Commands
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ train.add_to(app)
 index.add_to(app)
 query.add_to(app)
 probe.add_to(app)
+export.add_to(app)
 models.add_to(app)
 demo.add_to(app)
 
