@@ -601,7 +601,8 @@ class Catalog:
 def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str, list[str | float]]:
     """A condition in SQL, and the values of its parameters."""
     name, number, text = condition.column, condition.number, condition.value
-    column, own = "json_extract(f.metadata, ?)", [f'$."{name}"']
+    # json_each takes any name; a path of json_extract none with quotes in it.
+    column, own = "(SELECT value FROM json_each(f.metadata) WHERE key = ?)", [name]
     if name in BUILT_IN and name not in metadata_columns:
         column, own = ("CAST(f.path AS TEXT)" if name == "path" else f"f.{name}"), []
     if condition.comparison == "~":
