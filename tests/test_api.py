@@ -58,7 +58,8 @@ def test_build_and_search_find_an_image_first(home):
     assert scores == sorted(scores, reverse=True)
 
 
-def test_vectors_and_files_belong_together(home):
+@pytest.mark.usefixtures("home")
+def test_vectors_and_files_belong_together():
     with dinosearch.build_index(["catalog"], name="mine") as index:
         vectors, files = index.vectors(), index.files()
         assert vectors.shape == (24, 32)
@@ -93,7 +94,8 @@ def test_files_vectors_and_urls_may_be_asked_in_one_go(home):
         index.search("bad.jpg")
 
 
-def test_a_table_narrows_the_search(home):
+@pytest.mark.usefixtures("home")
+def test_a_table_narrows_the_search():
     rows = [f"{path},{path.parent.name},{number}" for number, path in enumerate(sorted(Path("catalog").rglob("*.jpg")))]
     Path("products.csv").write_text("path,kind,number\n" + "\n".join(rows))
     index = dinosearch.build_index("products.csv")
@@ -107,7 +109,8 @@ def test_a_table_narrows_the_search(home):
         index.search("catalog/china/3.jpg", where=["size=1"])
 
 
-def test_what_cannot_be_read_is_listed_not_raised(home):
+@pytest.mark.usefixtures("home")
+def test_what_cannot_be_read_is_listed_not_raised():
     Path("catalog/china/half.jpg").write_bytes(Path("catalog/china/0.jpg").read_bytes()[:900])
     index = dinosearch.build_index("catalog")
     assert [(Path(failure.path).name, failure.status) for failure in index.failures()] == [("half.jpg", "truncated")]

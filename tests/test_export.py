@@ -74,4 +74,4 @@ def test_the_same_row_holds_what_a_table_says(index, tmp_path):
     _, table_path = export_index(index, form="npy", out=tmp_path / "catalog")
     with table_path.open(newline="") as file:
         said = {row["relative"]: row["price"] for row in csv.DictReader(file) if row["price"]}
-    assert said == {"named/0000.png": "3", "named/0001.png": "4.5", "named/0002.png": "5"}
+    assert said == {"named/0000.png": "3.0", "named/0001.png": "4.5", "named/0002.png": "5.0"}

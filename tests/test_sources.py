@@ -122,10 +122,12 @@ def test_a_pattern_of_archives_gives_one_source_for_each():
 
 def test_what_is_not_there_or_no_source_is_one_line_with_what_to_do():
     write("movie.mkv", data=b"\0\1\2")
+    os.mkfifo("pipe.zip")
     for spec, says in {
         "nowhere": "no folder or file nowhere. Check",
         "nothing/*.jpg": "no folder .*/nothing",
         "*.png": r"no image or archive matches \*.png",
+        "pipe.zip": "pipe.zip is no folder, image, list",
         "movie.mkv": "movie.mkv is no folder, image, list",
         "ftp://host/a.jpg": "neither s3://",
     }.items():
@@ -159,6 +161,12 @@ def test_a_list_names_files_relative_to_itself_or_to_the_current_folder(tmp_path
     assert (found["gone.jpg"].size, found["gone.jpg"].mtime_ns) == (0, UNTRUSTED_TIME)
     with pytest.raises(BadImage, match="unreadable: No such file"):
         source.read(found["gone.jpg"])
+
+
+def test_a_list_of_which_nothing_is_there_is_an_error():
+    Path("all.lst").write_text("disk/a.jpg\ndisk/b.jpg\n")
+    with pytest.raises(DinosearchError, match=r"none of the 2 files that .*all.lst names is there"):
+        scanned(open_source("all.lst")[0])
 
 
 def test_a_list_leaves_out_what_is_excluded():

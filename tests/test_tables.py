@@ -96,8 +96,8 @@ def test_a_csv_that_names_no_images_says_what_is_wrong(text, says):
 
 
 def test_a_row_whose_file_is_missing_is_an_image_that_cannot_be_read():
-    [source] = open_source(write("t.csv", "path\ngone.jpg\n"))
-    [image] = source.scan(ScanOptions(), note=lambda _: None).images
+    [source] = open_source(write("t.csv", "path\ngone.jpg\na.jpg\n"))
+    _, image = source.scan(ScanOptions(), note=lambda _: None).images
     assert (image.path, image.size, image.mtime_ns) == ("gone.jpg", 0, UNTRUSTED_TIME)
 
 

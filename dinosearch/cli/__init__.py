@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dinosearch.cli import demo, export, index, models, probe, query, train
+from dinosearch.cli import demo, export, forget, index, merge, models, probe, query, relocate, train
 from dinosearch.cli.exits import Commands
 
 app = typer.Typer(
@@ -18,6 +18,9 @@ app = typer.Typer(
 )
 train.add_to(app)
 index.add_to(app)
+forget.add_to(app)
+relocate.add_to(app)
+merge.add_to(app)
 query.add_to(app)
 probe.add_to(app)
 export.add_to(app)

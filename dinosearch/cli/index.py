@@ -1,5 +1,7 @@
 """`index`, `info` and `failures`: build an index, and see what is in it."""
 
+import functools
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -9,9 +11,11 @@ import typer
 
 from dinosearch.cli import show
 from dinosearch.cli.exits import SOME_FAILED
+from dinosearch.errors import UsageError
 
 if TYPE_CHECKING:
     from dinosearch.encoder import Encoder
+    from dinosearch.images.source import Source
     from dinosearch.index.sync import SyncProgress, SyncSummary
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -53,6 +57,9 @@ def index(
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Take only this of N parts; merge makes one index of them.")
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow the sources until Ctrl-C, and take in what changes.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read unchanged files too, to find altered ones.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Forget the vectors that no file needs any more.")] = False,
     as_json: JsonOption = False,
@@ -65,6 +72,7 @@ def index(
     from dinosearch.index.locate import index_for, indexes_path
     from dinosearch.index.survey import GivenOptions, Shard
     from dinosearch.index.sync import sync_index
+    from dinosearch.index.watch import keep_synced
     from dinosearch.vit.folder import models_path
     from dinosearch.vit.resolve import resolve_model
 
@@ -75,6 +83,7 @@ def index(
     vit = resolve_model(model, models=models_path(), note=show.note, image_size=image_size)
     show.note(f"index: {show.shown(index_path)}")
 
+    @functools.cache
     def start_encoder() -> "Encoder":
         from dinosearch.encoder import open_encoder
 
@@ -82,11 +91,10 @@ def index(
         show.note(f"engine: {encoder.engine}")
         return encoder
 
-    summary: SyncSummary | None = None
-    with show.Progress() as bar:
-        try:
-            sync = sync_index(
-                opened,
+    def sync(due: "Sequence[Source]", *, verify: bool = False) -> "SyncSummary":
+        return _shown_sync(
+            sync_index(
+                due,
                 index_path=index_path,
                 model=vit,
                 encoder_for=start_encoder,
@@ -97,20 +105,14 @@ def index(
                 prune=prune,
                 note=show.note,
             )
-            with closing(sync):  # saves what was embedded, wherever Ctrl-C comes in
-                for progress in sync:
-                    bar.update(progress.stage, done=progress.done, total=progress.total, details=_details(progress))
-                    summary = progress.summary
-        except KeyboardInterrupt:
-            show.note("what was embedded is saved; the same command goes on from there")
-            raise
-    assert summary is not None
-    if as_json:
-        show.json_line(asdict(summary))
-    else:
-        _print_summary(summary)
+        )
+
+    summary = sync(opened, verify=verify)
+    _print_summary(summary, as_json=as_json)
+    if watch:
+        show.note("following; Ctrl-C ends it")
+        keep_synced(opened, lambda due: _print_changes(sync(due), as_json), index_path=index_path, note=show.note)
     if summary.failed:
-        show.note(f"{summary.failed} images failed: dinosearch failures --index {summary.index}")
         raise typer.Exit(SOME_FAILED)
 
 
@@ -134,19 +136,28 @@ def info(index: IndexOption = None, as_json: JsonOption = False) -> None:
     show.table(["", "value"], facts.items(), wide=["value"])
 
 
-def failures(index: IndexOption = None, as_json: JsonOption = False) -> None:
+def failures(
+    index: IndexOption = None,
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header, for spreadsheets.")] = False,
+) -> None:
     """List the images of an index that could not be read, with the reason.
 
     Example: dinosearch failures --index catalog
     """
     from dinosearch.index.contents import failures as read_failures
 
-    rows = ((show.shown(row.path), row.status, row.reason) for row in read_failures(chosen_index(index)))
+    if as_json and as_csv:
+        raise UsageError("--json and --csv are two forms. Choose one")
+    rows = ((show.shown(row.path), row.status, row.reason, row.frame) for row in read_failures(chosen_index(index)))
     if as_json:
-        for path, status, reason in rows:
-            show.json_line({"path": path, "status": status, "reason": reason})
+        for path, status, reason, frame in rows:
+            known = {"path": path, "status": status, "reason": reason}
+            show.json_line(known | ({"frame": frame} if frame else {}))
+    elif as_csv:
+        show.csv(["path", "status", "reason", "frame"], rows)
     else:
-        show.table(["path", "status", "reason"], rows, wide=["path", "reason"])
+        show.table(["path", "status", "reason"], ((path, *rest) for path, *rest, _ in rows), wide=["path", "reason"])
 
 
 def chosen_index(spec: str | None) -> Path:
@@ -171,10 +182,36 @@ def _details(progress: "SyncProgress") -> str:
     return "  ".join(part for part in (speed, failed) if part)
 
 
-def _print_summary(summary: "SyncSummary") -> None:
-    counts = ", ".join(
-        f"{getattr(summary, name)} {name}" for name in ("new", "changed", "moved", "unchanged", "deleted", "failed")
-    )
-    show.line(f"{summary.index}: {summary.images} images can be searched ({counts})")
-    speed = f", {summary.images_per_second:.0f} images/s" if summary.embedded else ""
-    show.line(f"{summary.embedded} embedded with {summary.model} in {show.duration(summary.seconds)}{speed}")
+def _shown_sync(sync: "Generator[SyncProgress, None, None]") -> "SyncSummary":
+    summary: SyncSummary | None = None
+    with show.Progress() as bar:
+        try:
+            with closing(sync):  # saves what was embedded, wherever Ctrl-C comes in
+                for progress in sync:
+                    bar.update(progress.stage, done=progress.done, total=progress.total, details=_details(progress))
+                    summary = progress.summary
+        except KeyboardInterrupt:
+            show.note("what was embedded is saved; the same command goes on from there")
+            raise
+    assert summary is not None
+    return summary
+
+
+def _print_summary(summary: "SyncSummary", *, as_json: bool) -> None:
+    if as_json:
+        show.json_line(asdict(summary))
+    else:
+        counts = ", ".join(
+            f"{getattr(summary, name)} {name}" for name in ("new", "changed", "moved", "unchanged", "deleted", "failed")
+        )
+        show.line(f"{summary.index}: {summary.images} images can be searched ({counts})")
+        speed = f", {summary.images_per_second:.0f} images/s" if summary.embedded else ""
+        show.line(f"{summary.embedded} embedded with {summary.model} in {show.duration(summary.seconds)}{speed}")
+    if summary.failed:
+        show.note(f"{summary.failed} images failed: dinosearch failures --index {summary.index}")
+
+
+def _print_changes(summary: "SyncSummary", as_json: bool) -> None:
+    """While following, a sync that found nothing is not worth a line."""
+    if summary.new or summary.changed or summary.moved or summary.deleted or summary.embedded:
+        _print_summary(summary, as_json=as_json)

@@ -25,6 +25,18 @@ def json_line(value: object) -> None:
     print(json.dumps(value, allow_nan=False))
 
 
+def csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A header and a line for each row; names that are not UTF-8 come out as the file system spells them."""
+    import csv
+    import io
+
+    for row in [columns, *rows]:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(row)
+        sys.stdout.buffer.write(os.fsencode(text.getvalue()))
+    sys.stdout.buffer.flush()
+
+
 def line(text: str) -> None:
     """A result for people."""
     print(text)

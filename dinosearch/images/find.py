@@ -53,7 +53,7 @@ def find_images(root: Path, options: ScanOptions | None = None) -> Scan:
 
 
 def in_byte_order(images: Iterable[FoundImage]) -> list[FoundImage]:
-    return sorted(images, key=lambda image: (os.fsencode(image.path), os.fsencode(image.member)))
+    return sorted(images, key=lambda image: os.fsencode(image.path))
 
 
 def regular_file(entry: "os.DirEntry[str]") -> os.stat_result | None:

@@ -40,7 +40,8 @@ class Scan:
     images: list[FoundImage]
     """Sorted by path and member, in byte order."""
     unreadable_folders: list[tuple[str, str]] = field(default_factory=list)
-    """Relative path and reason of each folder that could not be listed: what lies below it is unknown, not gone."""
+    """Relative path and reason of each folder that could not be listed: what lies below it is unknown, not gone. The
+    empty path is the whole source: of a damaged archive all is unknown that is not among the images."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The catalog: which files there are, what they hold and the vector of each content. SQLite, the truth of an index.
 
-Knows nothing of folders on disk, of decoding or of FAISS. It is the only module that speaks SQL.
+Knows nothing of sources, of decoding or of FAISS. It is the only module that reads and writes rows.
 
 Identity is the hash of a file's content: equal files share one vector, a moved file keeps it. Vectors are stored as
 float16 and given out as float32 of unit length, so that a vector is the same number wherever it is read from.
@@ -16,27 +16,36 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dinosearch.errors import IndexNotFound, IndexUnusable
-from dinosearch.images.source import UNTRUSTED_TIME, ScanOptions
+from dinosearch.images.source import UNTRUSTED_TIME
 from dinosearch.index import database
 from dinosearch.index.conditions import BUILT_IN, Condition
 from dinosearch.index.database import explained
 from dinosearch.index.lock import writer_lock
+from dinosearch.index.rows import (
+    OK,
+    Content,
+    CopiedFile,
+    FailedFile,
+    FileRow,
+    Generation,
+    LiveFile,
+    Root,
+    RootOptions,
+    StoredFile,
+)
 from dinosearch.index.schema import FORMAT, check_format, make_tables, migrate
 
 FILE_NAME = "catalog.sqlite"
 CONTENT_HASH = "blake3"
 """What new catalogs know contents by; one that grew from format 1 goes on with its own."""
-OK = "ok"
-UNREADABLE = "unreadable"
-TOO_LARGE = "too-large"
 
 _BLOCK = 4096  # rows fetched at a time: bounds memory whatever the size of the index
 # Files that a search can return: readable ones whose content has a vector of the answering model.
@@ -48,115 +57,6 @@ _LIVE_FIELDS = "f.root, f.path, f.member, f.frame, v.id, coalesce(f.metadata, ''
 # Every file with its vector of one model, or NULL, by content: the search trees of both are walked side by side.
 _BY_CONTENT = """files AS f INDEXED BY files_by_content LEFT JOIN vectors AS v
     ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ?"""
-
-
-@dataclass(frozen=True)
-class RootOptions(ScanOptions):
-    """What an index remembers of how a source is to be seen."""
-
-    all_pages: bool = False
-    """Every page and frame is an image of its own, not only the first."""
-
-
-class Root(NamedTuple):
-    """A source that the index follows, as the catalog knows it."""
-
-    id: int
-    kind: str
-    location: str
-    options: RootOptions
-    stamp: str | None
-    """The source's stamp when a sync last came to its end; None where only a scan can tell what is new."""
-
-
-class StoredFile(NamedTuple):
-    """A file as the catalog knows it before a sync; its further frames follow it."""
-
-    id: int
-    path: str
-    member: str
-    size: int
-    mtime_ns: int
-    content_hash: str | None
-    status: str
-    decoders: str | None
-    metadata: str
-    frames: int | None
-    """How many frames are known; None where only the first was looked at."""
-    embedded: bool
-    """Its content, with all frames known, has vectors of the model asked about."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileRow:
-    """A file or one frame of it, as a sync found it; written over what was known of the same root, path and member."""
-
-    root: int
-    path: str
-    size: int
-    mtime_ns: int
-    content_hash: str | None
-    status: str
-    reason: str = ""
-    width: int | None = None
-    height: int | None = None
-    decoders: str | None = None
-    member: str = ""
-    frame: int = 0
-    frames: int | None = None
-    """Of frame 0: how many there are, if the others were looked at; a file's rows beyond them are removed."""
-    metadata: str = ""
-
-
-class Content(NamedTuple):
-    """What is known of a content (the bytes of a file), whatever the files that hold it."""
-
-    status: str
-    reason: str
-    width: int | None
-    height: int | None
-
-
-class LiveFile(NamedTuple):
-    """A file, or a frame of one, that a search can return."""
-
-    root: int
-    path: str
-    member: str
-    frame: int
-    vector_id: int
-    metadata: str
-    """What a table says of it: a JSON object, or empty."""
-
-
-class FailedFile(NamedTuple):
-    """A file without a vector, and why."""
-
-    root: int
-    path: str
-    member: str
-    frame: int
-    status: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A FAISS file, as named in the catalog."""
-
-    number: int
-    fingerprint: str
-    file: str
-    kind: str
-    size: int
-    checksum: str
-    stamp: str
-    """Inode and times of the file when its checksum was taken: while they are the same, so are the bytes."""
-    n: int
-    max_id: int
-    recall_at_10: float | None
-    details: str | None = None
-    """What else is known of it: a JSON object."""
 
 
 class Catalog:
@@ -406,6 +306,19 @@ class Catalog:
             columns.setdefault(name, set()).add(kind)
         return columns
 
+    def files_to_copy(self, root: int) -> Iterator[CopiedFile]:
+        """Files of a root with all that is known of them and their vectors, by path, member and frame."""
+        rows = self._stream(
+            """SELECT f.path, f.member, f.frame, f.size, f.mtime_ns, f.content_hash, f.status, f.reason, f.width,
+            f.height, f.decoders, f.frames, coalesce(f.metadata, ''), v.vector FROM files AS f LEFT JOIN vectors AS v
+            ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ? AND f.status = 'ok'
+            WHERE f.root = ? ORDER BY f.path, f.member, f.frame""",
+            (self.fingerprint, root),
+        )
+        for path, member, frame, size, mtime_ns, hashed, status, reason, w, h, tried, frames, metadata, vector in rows:
+            known = (size, mtime_ns, hashed, status, reason, w, h, tried, member, frame, frames, metadata)
+            yield CopiedFile(FileRow(root, _path_of(path), *known), vector)
+
     def n_vectors(self, *, fingerprint: str, after: int = 0) -> int:
         """Vectors of a model with an id above `after`."""
         fingerprint_is = "+fingerprint = ?" if after else "fingerprint = ?"  # few rows by id, or all by their index
@@ -545,6 +458,10 @@ class Catalog:
         self._write("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [astuple(generation)])
         self._write("DELETE FROM generations WHERE number <= ? - 2", [(generation.number,)])
 
+    def set_content_hash(self, algorithm: str) -> None:
+        """Know contents by another hash; the catalog has none yet."""
+        self._write("UPDATE meta SET value = ? WHERE key = 'content_hash'", [(algorithm,)])
+
     def set_model(self, *, fingerprint: str, model: str, dim: int) -> None:
         """Let the vectors of another model answer from the next commit on."""
         meta = {"fingerprint": fingerprint, "model": model, "dim": str(dim)}
@@ -561,6 +478,55 @@ class Catalog:
         with self._lock, explained(self.path):
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
+
+    def erase_files(self, ids: Sequence[int]) -> int:
+        """Forget files with all their frames and the vectors of any model that no other file needs: how many?
+
+        Freed space is overwritten. What remains of them in the write-ahead log and between the rows, `finish_erasure`
+        removes after the commit, or the next writer if this one is killed.
+        """
+        with self._transaction():
+            self._connection.execute("PRAGMA secure_delete = ON")
+            query = "SELECT content_hash FROM files WHERE id = ?"
+            contents = dict.fromkeys(row for number in ids for row in self._rows(query, (number,)))
+            self.remove_files(ids)
+            self._write("INSERT OR REPLACE INTO meta VALUES ('erasing', ?)", [("1",)])
+            before = self._connection.total_changes
+            self._write(
+                """DELETE FROM vectors WHERE content_hash = ?1
+                AND NOT EXISTS (SELECT 1 FROM files WHERE content_hash = ?1)""",
+                contents,
+            )
+            return self._connection.total_changes - before
+
+    def finish_erasure(self) -> bool:
+        """Remove the last traces of what was erased from the catalog's files; False if a reader still needs them."""
+        if not self._rows("SELECT 1 FROM meta WHERE key = 'erasing'"):
+            return True
+        with self._lock, explained(self.path):
+            self._connection.execute("PRAGMA secure_delete = ON")
+            self._connection.execute("VACUUM")
+            busy = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            if not busy:
+                self._connection.execute("DELETE FROM meta WHERE key = 'erasing'")
+        return not busy
+
+    def remove_root(self, root: int) -> None:
+        """Stop following a source all of whose files are gone from the catalog."""
+        self._write("DELETE FROM roots WHERE id = ?", [(root,)])
+
+    def forget_generations(self, *, but: int) -> None:
+        """Let no FAISS file be named but one."""
+        self._write("DELETE FROM generations WHERE number != ?", [(but,)])
+
+    def relocate(self, root: int, location: str, paths: Iterable[tuple[int, str]]) -> None:
+        """Give a root another location, and some of its files (their id) another path."""
+        self._write("UPDATE roots SET path = ?2 WHERE id = ?1", [(root, _stored(location))])
+        self._write(
+            """UPDATE files SET path = ?2
+            WHERE (root, path, member) = (SELECT root, path, member FROM files WHERE id = ?1)""",
+            ((number, _stored(path)) for number, path in paths),
+        )
 
     def compact(self) -> None:
         """Give the space of forgotten rows back to the disk."""

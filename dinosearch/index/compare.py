@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.source import FoundImage, Scan, Source
-from dinosearch.index.catalog import OK, TOO_LARGE, UNREADABLE, FileRow, StoredFile
+from dinosearch.index.rows import OK, TOO_LARGE, UNREADABLE, FileRow, StoredFile
 
 MAX_GONE = 0.2
 """Share of a root's files that may be gone without being asked about: more looks like a disk half mounted."""

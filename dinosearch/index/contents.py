@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dinosearch.images.sources import is_url
-from dinosearch.index.catalog import Catalog, LiveFile
+from dinosearch.index.catalog import Catalog
+from dinosearch.index.rows import LiveFile
 from dinosearch.index.sources import FollowedSources
 
 

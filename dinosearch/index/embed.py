@@ -19,9 +19,10 @@ import numpy as np
 from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BadImage, Fit, content_hash, decode, decoders, pixel_budget
 from dinosearch.images.read import in_threads
-from dinosearch.index.catalog import OK, UNREADABLE, Catalog, Content, FileRow
+from dinosearch.index.catalog import Catalog
 from dinosearch.index.compare import DecoderKeys, Wanted
 from dinosearch.index.reading import Reading, readings
+from dinosearch.index.rows import OK, UNREADABLE, Content, FileRow
 
 if TYPE_CHECKING:
     from dinosearch.encoder import Encoder

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from dinosearch.errors import DinosearchError, UsageError
-from dinosearch.index.catalog import Catalog, LiveFile
+from dinosearch.index.catalog import Catalog
+from dinosearch.index.rows import LiveFile
 from dinosearch.index.sources import FollowedSources
 
 FORMS = ("npy", "csv", "parquet")

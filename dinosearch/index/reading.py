@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from dinosearch.images.decode import BadImage
 from dinosearch.images.source import StableBytes
-from dinosearch.index.catalog import UNREADABLE
 from dinosearch.index.compare import Wanted
+from dinosearch.index.rows import UNREADABLE
 
 
 @dataclass(frozen=True, slots=True)

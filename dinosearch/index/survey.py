@@ -14,7 +14,7 @@ from pathlib import PurePath
 from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.images.source import FoundImage, Scan, Source
 from dinosearch.images.sources.files import FilesSource
-from dinosearch.index.catalog import Root, RootOptions
+from dinosearch.index.rows import Root, RootOptions
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from dinosearch.images.read import in_threads
 from dinosearch.images.source import FoundImage, Source
 from dinosearch.images.sources import known_source
 from dinosearch.index import vectors
-from dinosearch.index.catalog import OK, Catalog, FileRow, Root, StoredFile, is_index
+from dinosearch.index.catalog import Catalog, is_index
 from dinosearch.index.compare import Changes, DecoderKeys, View, Wanted, compare, match_moves, refuse_mass_deletion
 from dinosearch.index.embed import Embedding, decoder_keys
 from dinosearch.index.lock import writer_lock
 from dinosearch.index.reading import Reading, readings
+from dinosearch.index.rows import OK, FileRow, Root, StoredFile
 from dinosearch.index.survey import GivenOptions, Shard, Survey, refuse_overlap, say_options, survey
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def sync_index(
         surveys = [survey(source, None, options, shard=shard, note=note) for source in asked.values()]
     _make_folder(index_path)
     with writer_lock(index_path), _open_or_create(index_path, model, shard, note) as catalog:
+        catalog.finish_erasure()
         shard = _own_shard(catalog, shard, note)
         roots = {root.location: root for root in catalog.roots().values()}
         switching = catalog.fingerprint != model.fingerprint

@@ -21,9 +21,10 @@ from dinosearch.errors import IndexUnusable, ModelMismatch
 from dinosearch.images.decode import BadImage, decode
 from dinosearch.images.read import in_threads
 from dinosearch.images.sources import read_image
-from dinosearch.index.catalog import Catalog, LiveFile
+from dinosearch.index.catalog import Catalog
 from dinosearch.index.conditions import Condition, check_columns
 from dinosearch.index.contents import IndexedFile, as_path, indexed_file
+from dinosearch.index.rows import LiveFile
 from dinosearch.index.sources import FollowedSources
 from dinosearch.index.vectors import Candidates, Vectors, open_vectors
 

@@ -51,14 +51,15 @@ def open_source(spec: str) -> list[Source]:
         raise DinosearchError(f"no folder or file {spec}. Check the path; what is indexed of it stays as it is")
     folder, name = os.path.split(spec)
     location = os.path.join(os.path.realpath(folder), name)  # noqa: PTH118 - surrogate escapes pass
-    if is_image_name(name):
-        return [FilesSource(os.path.realpath(folder), [name])]
-    if name.lower().endswith(ARCHIVE_EXTENSIONS):
-        return [known_source("archive", location)]
-    if name.lower().endswith(TABLE_EXTENSIONS):
-        return [TableSource(location)]
-    if path.is_file() and is_text(location):
-        return [ListSource(location)]
+    if path.is_file():  # and no pipe, whatever its name
+        if is_image_name(name):
+            return [FilesSource(os.path.realpath(folder), [name])]
+        if name.lower().endswith(ARCHIVE_EXTENSIONS):
+            return [known_source("archive", location)]
+        if name.lower().endswith(TABLE_EXTENSIONS):
+            return [TableSource(location)]
+        if is_text(location):
+            return [ListSource(location)]
     raise DinosearchError(
         f"{spec} is no folder, image, list of paths (text), table (.csv, .tsv, .parquet) or archive "
         "(.zip, .tar, .tar.gz …). Give one of these; its name says which it is"

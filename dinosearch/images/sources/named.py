@@ -37,7 +37,8 @@ class NamedImages(LocalFiles):
         super().__init__(location, base=os.path.dirname(location))  # noqa: PTH120 - surrogate escapes pass
 
     def scan(self, options: ScanOptions, *, note: Callable[[str], None]) -> Scan:
-        """Raises DinosearchError for a file that cannot be read, and for two lines that contradict each other."""
+        """Raises DinosearchError for a file that cannot be read, for two lines that contradict each other, and when no
+        file is there that it names."""
         excluded = exclusion_test(options)
         named: dict[str, Named] = {}
         for each in self.names():
@@ -49,7 +50,13 @@ class NamedImages(LocalFiles):
                     "Delete one of them"
                 )
         wanted = {path: each for path, each in named.items() if not (excluded and is_excluded(path, excluded))}
-        images = [self._look(path, each.metadata) for path, each in wanted.items() if not is_url(path)]
+        places = list(dict.fromkeys([self.base, str(Path.cwd())]))
+        images = [self._look(path, places, each.metadata) for path, each in wanted.items() if not is_url(path)]
+        if images and all(image.mtime_ns == UNTRUSTED_TIME for image in images):
+            raise DinosearchError(
+                f"none of the {len(images)} files that {self.location} names is there. Check its paths, and that their "
+                "disk is attached; what is indexed of it stays as it is"
+            )
         urls = {path: each.metadata for path, each in wanted.items() if is_url(path)}
         if urls:
             note(f"{len(urls)} images of {self.location} lie in the network")
@@ -66,8 +73,8 @@ class NamedImages(LocalFiles):
     def read(self, image: FoundImage) -> StableBytes:
         return read_url(image) if is_url(image.path) else super().read(image)
 
-    def _look(self, path: str, metadata: str) -> FoundImage:
-        for place in dict.fromkeys([self.base, str(Path.cwd())]):
+    def _look(self, path: str, places: list[str], metadata: str) -> FoundImage:
+        for place in places:
             try:
                 facts = os.stat(os.path.join(place, path))  # noqa: PTH116, PTH118 - surrogate escapes pass
             except (OSError, ValueError):

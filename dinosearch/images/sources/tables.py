@@ -10,6 +10,8 @@ from __future__ import annotations
 import csv
 import datetime
 import decimal
+import io
+import itertools
 import json
 import math
 import re
@@ -25,6 +27,9 @@ COLUMNS = ("path", "image_path", "file_path", "filepath", "image", "file", "file
 TABLE_EXTENSIONS = (".csv", ".tsv", ".parquet")
 
 _BATCH_ROWS = 10_000
+# Neither 007 nor a number of more digits than a float holds is a quantity: both are names made of digits.
+_WHOLE = re.compile(r"-?(0|[1-9]\d{0,14})", re.ASCII)
+_REAL = re.compile(r"-?(0|[1-9]\d{0,14})?\.\d+([eE][-+]?\d{1,2})?|-?[1-9]\d{0,14}(\.\d*)?[eE][-+]?\d{1,2}", re.ASCII)
 
 
 class TableSource(NamedImages):
@@ -43,18 +48,20 @@ class TableSource(NamedImages):
 
 
 def _csv_rows(location: str) -> Iterator[Named]:
-    """Goes through the file twice: a column's type is known only at its end."""
+    """Goes through the text twice: a column's type is known only at its end."""
+    # utf-8-sig: spreadsheets write a byte order mark. surrogateescape: names of files need not be UTF-8.
+    text = Path(location).read_bytes().decode("utf-8-sig", "surrogateescape")
+    lines = _csv_cells(location, text)
+    _, names = next(lines, (1, []))
     kinds: dict[int, set[str]] = {}
-    for _, cells in _csv_cells(location):
+    for _, cells in lines:
         for at, cell in enumerate(cells):
-            if cell:
-                kinds.setdefault(at, set()).add(_kind(cell))
+            found = kinds.setdefault(at, set())
+            if cell and "text" not in found:  # which decides
+                found.add(_kind(cell))
     readers = {at: _reader(found) for at, found in kinds.items()}
-    lines = _csv_cells(location, with_header=True)
-    _, header = next(lines, (1, []))
-    names = [name.strip() for name in header]
     column = _path_column(location, names)
-    for line, cells in lines:
+    for line, cells in itertools.islice(_csv_cells(location, text), 1, None):
         path = cells[column] if column < len(cells) else ""
         if not path:
             raise DinosearchError(f"{location} line {line} has no {names[column]}. Fill it in, or delete the line")
@@ -66,16 +73,14 @@ def _csv_rows(location: str) -> Iterator[Named]:
         yield Named(line, path, _as_json(values))
 
 
-def _csv_cells(location: str, *, with_header: bool = False) -> Iterator[tuple[int, list[str]]]:
+def _csv_cells(location: str, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Line numbers and stripped cells, without empty lines; the header comes first."""
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if location.lower().endswith(".tsv") else ",")
     try:
-        # utf-8-sig: spreadsheets write a byte order mark. surrogateescape: names of files need not be UTF-8.
-        with Path(location).open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = csv.reader(file, delimiter="\t" if location.lower().endswith(".tsv") else ",")
-            for cells in lines:
-                if not with_header:
-                    with_header = True
-                elif any(cell.strip() for cell in cells):
-                    yield lines.line_num, [cell.strip() for cell in cells]
+        for cells in lines:
+            stripped = [cell.strip() for cell in cells]
+            if any(stripped):
+                yield lines.line_num, stripped
     except csv.Error as error:
         raise DinosearchError(f"{location} is no CSV ({error}). Save it as comma-separated UTF-8 text") from error
 
@@ -92,10 +97,9 @@ def _path_column(location: str, names: list[str]) -> int:
 
 
 def _kind(cell: str) -> str:
-    # Neither 007 nor a number of more digits than a float holds is a quantity: both are names made of digits.
-    if re.fullmatch(r"-?(0|[1-9]\d{0,14})", cell):
+    if _WHOLE.fullmatch(cell):
         return "whole"
-    if re.fullmatch(r"-?(0|[1-9]\d{0,14})?\.\d+([eE][-+]?\d{1,2})?|-?[1-9]\d{0,14}(\.\d*)?[eE][-+]?\d{1,2}", cell):
+    if _REAL.fullmatch(cell):
         return "real"
     return "truth" if cell.lower() in ("true", "false") else "text"
 

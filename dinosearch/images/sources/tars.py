@@ -69,7 +69,7 @@ class TarSource(Archive):
         self._members: dict[str, _Member] = {}
         self._scanned: ArchiveFacts | None = None
 
-    def scan(self, options: ScanOptions, *, note: Callable[[str], None]) -> Scan:
+    def scan(self, options: ScanOptions, *, note: Callable[[str], None]) -> Scan:  # noqa: ARG002
         """One pass over the headers of a plain tar, over all bytes of a compressed one."""
         facts = self.facts()
         images: list[FoundImage] = []
@@ -90,8 +90,7 @@ class TarSource(Archive):
                 raise missing(self.location, error) from error
             if not images:
                 raise damaged(self.location, error) from error
-            broken.append(("", str(error) or type(error).__name__))
-            note(f"{self.location} is damaged ({broken[0][1]}): what should follow there stays as it was")
+            broken.append(("", f"the archive is damaged: {str(error) or type(error).__name__}"))
         self._members, self._scanned = members, facts
         wanted = [replace(each, metadata=sidecars.of(each.member)) for each in wanted_members(images, options)]
         return Scan(wanted, broken)

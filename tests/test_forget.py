@@ -1,0 +1,135 @@
+import os
+import sqlite3
+import zipfile
+
+import numpy as np
+import pytest
+from indexing import Workshop, a_model, write_image, write_images
+
+from dinosearch.errors import DinosearchError
+from dinosearch.images.sources import open_sources
+from dinosearch.index.catalog import Catalog
+from dinosearch.index.contents import index_info, read_vectors
+from dinosearch.index.forget import forget
+from dinosearch.index.survey import GivenOptions
+from dinosearch.query.search import open_index
+
+
+@pytest.fixture
+def shop(tmp_path):
+    write_images(tmp_path / "images", 12)
+    write_images(tmp_path / "images" / "private", 4, seed=100)
+    return Workshop(tmp_path / "images", tmp_path / "indexes" / "images", a_model(), None, [])
+
+
+def stored_vector(shop, name, model=None):
+    with sqlite3.connect(shop.index / "catalog.sqlite") as connection:
+        query = """SELECT v.vector FROM vectors AS v JOIN files AS f USING (content_hash)
+            WHERE f.path = ? AND v.fingerprint = ?"""
+        return connection.execute(query, (name, (model or shop.model).fingerprint)).fetchone()[0]
+
+
+def traces(shop, *needles):
+    """Names of the index's files that hold any of some bytes."""
+    return [
+        path.name
+        for path in shop.index.iterdir()
+        for data in [path.read_bytes()]
+        if any(each in data for each in needles)
+    ]
+
+
+def as_float32(blob):
+    vectors = np.frombuffer(blob, dtype=np.float16).astype(np.float32)[None]
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).tobytes()
+
+
+def test_a_forgotten_file_that_is_gone_leaves_no_trace(shop):
+    path = write_image(shop.root / "a-name-like-no-other.png", 77)
+    shop.sync()
+    of_first_model = stored_vector(shop, path.name)
+    shop.model = a_model(1)
+    shop.sync()
+    of_second_model = stored_vector(shop, path.name)
+    needles = [b"a-name-like-no-other", of_first_model, of_second_model, as_float32(of_second_model)]
+    assert "catalog.sqlite" in traces(shop, *needles)
+    assert "vectors-2.faiss" in traces(shop, as_float32(of_second_model))
+    path.unlink()
+    forgotten = forget(shop.index, [str(path)])
+    assert (forgotten.files, forgotten.vectors, forgotten.excluded, forgotten.images) == (1, 2, [], 16)
+    assert traces(shop, *needles) == []
+    with open_index(shop.index) as index:
+        matches = index.search(np.frombuffer(as_float32(of_second_model), np.float32)[None], top=20)[0]
+    assert len(matches) == 16
+    assert path not in [match.path for match in matches]
+    assert (shop.sync().unchanged, shop.notes) == (16, [])
+
+
+def test_a_forgotten_file_that_is_still_there_is_not_taken_in_again(shop):
+    path = write_image(shop.root / "[odd] name!.png", 77)
+    write_image(shop.root / "o name!.png", 78)
+    shop.sync()
+    vector = stored_vector(shop, path.name)
+    forgotten = forget(shop.index, [str(path)])
+    assert forgotten.excluded == ["/\\[odd\\]\\ name\\!.png"]
+    assert traces(shop, vector, as_float32(vector)) == []
+    summary = shop.sync()
+    assert (summary.new, summary.unchanged, summary.images) == (0, 17, 17)
+    assert "odd" in shop.notes[-1]
+    summary = shop.sync(options=GivenOptions(exclude=()))
+    assert (summary.new, summary.embedded) == (1, 1)
+
+
+def test_a_vector_that_another_file_needs_stays(shop):
+    (shop.root / "copy.png").write_bytes((shop.root / "0000.png").read_bytes())
+    shop.sync()
+    forgotten = forget(shop.index, [str(shop.root / "0000.png")])
+    assert (forgotten.files, forgotten.vectors, forgotten.images) == (1, 0, 16)
+    assert index_info(shop.index).vectors == 16
+
+
+def test_a_folder_is_forgotten_with_all_below_it(shop, monkeypatch):
+    shop.sync()
+    monkeypatch.chdir(shop.root)
+    forgotten = forget(shop.index, ["private"])
+    assert (forgotten.files, len(forgotten.excluded), forgotten.images) == (4, 4, 12)
+    assert shop.sync().images == 12
+
+
+def test_a_source_that_is_forgotten_as_a_whole_is_followed_no_more(shop, tmp_path):
+    write_images(tmp_path / "other", 3, seed=300)
+    shop.sync(roots=[shop.root, tmp_path / "other"])
+    forgotten = forget(shop.index, [str(tmp_path / "other")])
+    assert (forgotten.files, forgotten.excluded, forgotten.images) == (3, [], 16)
+    assert index_info(shop.index).roots == [str(shop.root)]
+
+
+def test_a_member_of_an_archive_is_forgotten_and_stays_so(shop, tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for number in range(3):
+            archive.write(shop.root / "private" / f"000{number}.png", f"in/{number}.png")
+    os.utime(tmp_path / "photos.zip", (1e9, 1e9))
+    shop.sync(roots=open_sources([str(tmp_path / "photos.zip")]))
+    forgotten = forget(shop.index, [str(tmp_path / "photos.zip" / "in" / "1.png")])
+    assert (forgotten.files, forgotten.vectors, forgotten.excluded) == (1, 1, ["/in/1.png"])
+    assert shop.sync(roots=open_sources([str(tmp_path / "photos.zip")])).images == 2
+
+
+def test_what_is_not_in_the_index_is_an_error_and_changes_nothing(shop):
+    shop.sync()
+    with pytest.raises(DinosearchError, match=r"nothing of .*9999\.png is in images"):
+        forget(shop.index, [str(shop.root / "0000.png"), str(shop.root / "9999.png")])
+    assert len(read_vectors(shop.index)[0]) == 16
+
+
+def test_an_erasure_that_a_reader_or_a_kill_held_up_is_finished_by_the_next_sync(shop, monkeypatch):
+    path = shop.root / "private" / "0000.png"
+    shop.sync()
+    vector = stored_vector(shop, "private/0000.png")
+    path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "finish_erasure", lambda _: False)
+        forget(shop.index, [str(path)], note=shop.notes.append)
+    assert "another program reads the index" in shop.notes[-1]
+    shop.sync()
+    assert traces(shop, vector, as_float32(vector), b"private/0000") == []
