@@ -149,6 +149,11 @@ class Catalog:
             raise damaged(self.path, f"it does not say its {key}")
         return str(rows[0][0])
 
+    def recall(self) -> float | None:
+        """Share of the 10 nearest that searches should find; None where nobody asked for another than the usual."""
+        rows = self._rows("SELECT value FROM meta WHERE key = 'recall'")
+        return float(rows[0][0]) if rows else None
+
     def shard(self) -> str | None:
         """i/n, if the index is one of n parts."""
         rows = self._rows("SELECT value FROM meta WHERE key = 'shard'")
@@ -478,6 +483,10 @@ class Catalog:
     def set_content_hash(self, algorithm: str) -> None:
         """Know contents by another hash; the catalog has none yet."""
         self._write("UPDATE meta SET value = ? WHERE key = 'content_hash'", [(algorithm,)])
+
+    def set_recall(self, recall: float) -> None:
+        """Want so many of the 10 nearest found, from the next generation on."""
+        self._write("INSERT OR REPLACE INTO meta VALUES ('recall', ?)", [(str(recall),)])
 
     def set_model(self, *, fingerprint: str, model: str, dim: int) -> None:
         """Let the vectors of another model answer from the next commit on."""

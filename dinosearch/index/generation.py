@@ -106,6 +106,9 @@ def wanted_generation(catalog: Catalog, fingerprint: str) -> str | None:
         check_files(catalog.path.parent, generation)
     except DamagedGeneration as error:
         return str(error)
+    details = details_of(generation)
+    if details.target is not None and details.target != (catalog.recall() or RECALL):
+        return "another recall"
     n, n_newer = (
         catalog.n_vectors(fingerprint=fingerprint),
         catalog.n_vectors(fingerprint=fingerprint, after=generation.max_id),
@@ -122,19 +125,20 @@ def write_generation(
     *,
     fingerprint: str,
     dim: int,
-    recall: float = RECALL,
+    recall: float | None = None,
     max_memory: int | None = None,
     exact_below: int = EXACT_BELOW,
     note: Callable[[str], None] = lambda _: None,
 ) -> Generation:
     """Write the files of all vectors (at least one) of a model; the caller names them in the catalog.
 
-    recall: share of the 10 nearest that a tuned type must find; 1 asks for exact search. max_memory: bytes that a
-    reader may need for itself. Raises DinosearchError when they cannot be written.
+    recall: share of the 10 nearest that a tuned type must find, the catalog's own without; 1 asks for exact search.
+    max_memory: bytes that a reader may need for itself. Raises DinosearchError when they cannot be written.
     """
     import faiss
 
     number, folder = catalog.next_generation(), catalog.path.parent
+    recall = recall or catalog.recall() or RECALL
     n = catalog.n_vectors(fingerprint=fingerprint)
     with _files_aside(folder, number) as aside:
         tuned = None
