@@ -97,6 +97,18 @@ def test_any_number_of_images_gives_the_same_vectors(tiny_model, engine):
         assert (found.encode(pixels[:n]) * whole[:n]).sum(1).min() > 0.9999
 
 
+def test_a_vector_is_the_same_bits_whatever_the_batch_it_was_in(tiny_model):
+    found = open_encoder(tiny_model, device="cpu")
+    pixels = squares(40)
+    whole = found.encode(pixels)
+    order = np.random.default_rng(0).permutation(40)
+    for batch in (1, 3, 8, 32):
+        found._engine.batch = batch
+        assert (found.encode(pixels[order]) == whole[order]).all()
+    few = open_encoder(tiny_model, device="cpu", planned_images=1)
+    assert (few.encode(pixels) == whole).all()
+
+
 def test_a_stream_keeps_order_and_reads_no_further_than_it_must(tiny_model):
     found = open_encoder(tiny_model, device="cpu")
     engine = found._engine

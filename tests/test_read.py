@@ -55,6 +55,20 @@ def test_items_are_pulled_no_further_than_ahead():
     results.close()
 
 
+def test_heavy_items_wait_until_lighter_ones_are_done():
+    pulled = []
+
+    def items():
+        for i in range(100):
+            pulled.append(i)
+            yield i
+
+    results = in_threads(lambda i: i, items(), workers=2, ahead=50, weight=lambda _: 10, most_weight=35)
+    assert next(results) == 0
+    assert len(pulled) == 4
+    assert list(results) == list(range(1, 100))
+
+
 def test_an_exception_reaches_the_caller_and_no_thread_stays():
     def fail_at_three(i: int) -> int:
         if i == 3:

@@ -2,6 +2,9 @@
 
 On the processor ("torch-cpu") it runs in float32: the reference that other engines are compared with, and what remains
 where OpenVINO cannot be imported.
+
+JPEGs are not decoded on the GPU, though torchvision could: another decoder gives other pixels, and a query, which may
+come from a machine without a GPU, has to meet the model as the index did.
 """
 
 from collections.abc import Callable

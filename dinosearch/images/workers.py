@@ -30,6 +30,7 @@ import numpy as np
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BYTES_PER_PIXEL, BadImage, Fit, Picture
+from dinosearch.images.machine import n_cores
 from dinosearch.images.workerprocess import NO_MEMORY, receive, send
 
 SECONDS = 60.0
@@ -37,6 +38,7 @@ SECONDS = 60.0
 
 _START_SECONDS = 60.0  # a cold disk and a busy machine
 _SPARE_BYTES = 192 << 20  # what Python, its libraries and small files take besides the pixels
+_BYTES_PER_THREAD = 16 << 20  # AVIF's decoder starts one on each core
 _STDERR_BYTES = 2000
 _ENDED = BadImage("unreadable", "the pool of decoding processes was closed")
 
@@ -66,7 +68,7 @@ class DecodePool:
             "max_pixels": max_pixels,
             "algorithm": algorithm,
             "seconds": seconds,
-            "memory": max_pixels * BYTES_PER_PIXEL + _SPARE_BYTES,
+            "memory": max_pixels * BYTES_PER_PIXEL + _SPARE_BYTES + n_cores() * _BYTES_PER_THREAD,
         }
         self._seconds = seconds
         self._side = fit.image_size
@@ -212,7 +214,10 @@ class _Worker:
         # One thread each, and so little address space for the pools that libraries would make.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env=environment)
+        try:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env=environment)
+        except OSError as error:
+            raise _cannot_start(error.strerror or str(error)) from error
         self._lock = threading.Lock()
         self._deadline: float | None = None
         self._late = self._cancelled = False
@@ -223,10 +228,7 @@ class _Worker:
             assert self._process.stderr
             said = self._process.stderr.read(_STDERR_BYTES).decode(errors="replace").strip().splitlines()
             self.end()
-            raise DinosearchError(
-                f"no decoding process can be started ({said[-1] if said else error}). "
-                "Check this Python's installation and the limits on processes and memory"
-            ) from error
+            raise _cannot_start(said[-1] if said else str(error)) from error
 
     def ask(self, request: dict[str, Any], payload: bytes, *, seconds: float) -> tuple[dict[str, Any], bytearray]:
         """Send a request and wait for the reply. Raises BadImage, also when the process dies, and _Late."""
@@ -235,17 +237,16 @@ class _Worker:
         assert isinstance(replies, FileIO)
         with self._lock:
             self._deadline = time.monotonic() + seconds
+        self.alive = False  # until the reply is there: interrupted in between, it is in no state to go on
         try:
             send(requests, request, payload)
             reply, answer = receive(replies)
         except (OSError, EOFError):
-            self.alive = False
             raise self._cause_of_death() from None
         finally:
             with self._lock:
                 self._deadline = None
-        if self._late:  # killed just when it had answered
-            self.alive = False
+        self.alive = not self._late  # it may have been killed just when it had answered
         if "status" in reply:
             raise BadImage(reply["status"], reply["reason"])
         return reply, answer
@@ -289,6 +290,13 @@ class _Worker:
             return BadImage("too-large", "not enough memory for it")
         died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return BadImage("corrupt", f"it crashes the decoder ({died})")
+
+
+def _cannot_start(reason: str) -> DinosearchError:
+    return DinosearchError(
+        f"no decoding process can be started ({reason}). "
+        "Check this Python's installation and the limits on processes and memory"
+    )
 
 
 def _package_path() -> Path:

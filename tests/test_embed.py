@@ -1,0 +1,122 @@
+"""The pipeline: frames, copies of what is under way, bounds and speed."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from conftest import encoded
+from indexing import Workshop, a_model, last, write_image, write_images
+from PIL import Image
+
+from dinosearch.images import workers
+from dinosearch.index.contents import failures, read_vectors
+from dinosearch.index.survey import GivenOptions
+
+ALL_PAGES = GivenOptions(all_pages=True)
+
+
+@pytest.fixture
+def shop(tmp_path):
+    (tmp_path / "images").mkdir()
+    return Workshop(tmp_path / "images", tmp_path / "indexes" / "images", a_model(), None, [])
+
+
+def pages(n: int, seed: int = 0) -> list[Image.Image]:
+    return [Image.effect_noise((40, 30), 50 + 10 * (seed + k)).convert("RGB") for k in range(n)]
+
+
+def write_pages(path, n: int, *, seed: int = 0) -> None:
+    first, *others = pages(n, seed)
+    first.save(path, save_all=True, append_images=others)
+
+
+def test_each_page_has_a_vector_and_is_embedded_once(shop):
+    write_pages(shop.root / "a.tif", 30)
+    write_image(shop.root / "b.png", 1)
+    summary = shop.sync(options=ALL_PAGES)
+    assert (summary.new, summary.embedded, summary.failed) == (2, 31, 0)
+    files, vectors = read_vectors(shop.index)
+    assert len(files) == len(vectors) == 31
+    assert (vectors @ vectors.T > 0.99999).sum() == 31  # no two alike
+    summary = shop.sync(options=ALL_PAGES)
+    assert (summary.unchanged, summary.embedded) == (2, 0)
+
+
+def test_copies_of_pages_cost_nothing_be_they_new_or_under_way(shop):
+    write_pages(shop.root / "a.tif", 5)
+    for name in ("b.tif", "c.tif", "d.tif"):
+        (shop.root / name).write_bytes((shop.root / "a.tif").read_bytes())
+    assert shop.sync(options=ALL_PAGES).embedded == 5
+    (shop.root / "e.tif").write_bytes((shop.root / "a.tif").read_bytes())
+    summary = shop.sync(options=ALL_PAGES)
+    assert (summary.new, summary.embedded) == (1, 0)
+    assert len(read_vectors(shop.index)[0]) == 25
+
+
+def test_pages_are_added_when_they_are_asked_for_later(shop):
+    write_pages(shop.root / "a.tif", 5)
+    assert shop.sync().embedded == 1
+    shop.sync(options=ALL_PAGES)
+    assert len(read_vectors(shop.index)[0]) == 5
+
+
+def test_a_bad_page_fails_alone(shop):
+    write_pages(shop.root / "a.gif", 6)
+    data = (shop.root / "a.gif").read_bytes()
+    (shop.root / "a.gif").write_bytes(data[: len(data) * 3 // 4])
+    shop.sync(options=ALL_PAGES)
+    good = len(read_vectors(shop.index)[0])
+    assert 1 <= good < 6
+    assert {row.status for row in failures(shop.index)} == {"truncated"}
+
+
+def test_a_bound_on_memory_refuses_what_would_not_fit(shop):
+    write_images(shop.root, 3)
+    large = Image.new("L", (9000, 6000))
+    (shop.root / "large.png").write_bytes(encoded(large, "PNG"))
+    summary = shop.sync(max_memory=700 << 20)
+    assert (summary.new, summary.failed) == (3, 1)
+    (failure,) = failures(shop.index)
+    assert failure.status == "too-large"
+    assert shop.sync(max_memory=4000 << 20).changed == 1
+
+
+def test_a_process_that_is_killed_costs_one_file_and_not_the_run(shop, monkeypatch):
+    write_images(shop.root, 12)
+    decode, killed = workers.OpenFile.decode, []
+
+    def kill_once(file):
+        if not killed:
+            killed.append(file._worker._process.pid)
+            os.kill(killed[0], signal.SIGSEGV)
+        return decode(file)
+
+    monkeypatch.setattr(workers.OpenFile, "decode", kill_once)
+    summary = shop.sync()
+    assert (summary.new, summary.failed) == (11, 1)
+    (failure,) = failures(shop.index)
+    assert (failure.status, "SIGSEGV" in failure.reason) == ("corrupt", True)
+
+
+def test_progress_tells_speed_and_what_limits_it(shop):
+    write_images(shop.root, 40)
+    *_, embedded, _, _ = list(shop.progress())
+    assert embedded.stage == "embed"
+    assert embedded.images_per_second > 0
+    assert embedded.mb_per_second > 0
+    assert embedded.limit in ("disk", "decode", "model", "write")
+
+
+def test_leaving_early_ends_all_processes_and_threads(shop):
+    write_images(shop.root, 200)
+    before = threading.active_count()
+    progress = shop.progress(stop_after=16)
+    with pytest.raises(KeyboardInterrupt):
+        last(progress)
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+    assert shop.sync().embedded < 200
