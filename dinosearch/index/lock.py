@@ -9,7 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +23,11 @@ def writer_lock(index_path: Path) -> Iterator[None]:
 
     lock = FileLock(index_path / "lock")
     holder_path = index_path / "lock.json"
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -34,12 +39,8 @@ def writer_lock(index_path: Path) -> Iterator[None]:
             f"cannot write to {index_path} ({error.strerror}). Make it writable, or index under another --name"
         ) from error
     try:
-        holder = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        holder_path.write_text(json.dumps(holder), encoding="utf-8")
+        with suppress(OSError):  # on a full disk the lock holds without a name
+            holder_path.write_text(json.dumps(holder), encoding="utf-8")
         yield
     finally:
         holder_path.unlink(missing_ok=True)
