@@ -198,7 +198,7 @@ def open_generation(folder: Path, generation: Generation, dim: int) -> Stored:
         raise DamagedGeneration(f"{path} holds other vectors than were written")
     if details.exact and isinstance(index, faiss.IndexIDMap2):
         return ExactStored(faiss.vector_to_array(index.id_map), index)
-    if details.parameters is None or not isinstance(index, faiss.IndexIVF):
+    if details.parameters is None or not isinstance(index, faiss.IndexPreTransform):
         raise DamagedGeneration(f"{path} holds something else than was written")
     halves = np.memmap(path.with_suffix(".f16"), np.float16, mode="r", shape=(generation.n, dim))
     ids = np.memmap(path.with_suffix(".ids"), np.int64, mode="r", shape=(generation.n,))
@@ -344,11 +344,11 @@ def _faiss_limited(generation: Generation) -> Iterator[None]:
 
     FAISS's own limits are a terabyte and none; they hold for the whole process, so others get them back. Of product
     codes it wants to be allowed a table of 16 numbers for each list and code, though it makes none for fast-scan: up to
-    8 times the lists' centres. Lattices are codes that we never write.
+    16 times the lists' centres. Lattices are codes that we never write.
     """
     import faiss
 
-    size = generation.size if details_of(generation).exact else 8 * generation.size
+    size = generation.size if details_of(generation).exact else 16 * generation.size
     limits = {"vector_byte": size, "loop": max(generation.n, _LEAST_LOOPS), "lattice_r2": 1}
     limits = {name: limit for name, limit in limits.items() if hasattr(faiss, f"set_deserialization_{name}_limit")}
     before = {name: getattr(faiss, f"get_deserialization_{name}_limit")() for name in limits}

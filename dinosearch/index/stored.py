@@ -92,8 +92,8 @@ class TunedStored:
     ids: np.ndarray
     halves: np.ndarray
     """float16 [n, dim]"""
-    index: faiss.IndexIVF
-    """Under the same ids."""
+    index: faiss.IndexPreTransform
+    """An inverted file of projected vectors, under the same ids."""
     nprobe: int = 1
     """Lists looked into."""
     rerank: int = SPAN
@@ -102,6 +102,12 @@ class TunedStored:
     @property
     def matrix(self) -> np.ndarray:
         return self.halves
+
+    @property
+    def nlist(self) -> int:
+        import faiss
+
+        return int(faiss.extract_index_ivf(self.index).nlist)
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         return unit(self.halves[positions])
@@ -127,8 +133,10 @@ class TunedStored:
         """Positions int64 [n_queries, n] by the codes alone, nearest first; -1 where the lists held fewer."""
         import faiss
 
-        parameters = faiss.SearchParametersIVF()
-        parameters.nprobe = nprobe
+        lists = faiss.SearchParametersIVF()
+        lists.nprobe = nprobe
+        parameters = faiss.SearchParametersPreTransform()
+        parameters.index_params = lists
         _, ids = self.index.search(queries, n, params=parameters)
         return np.where(ids < 0, -1, np.searchsorted(self.ids, ids))
 
