@@ -6,15 +6,16 @@ Crops of 15 to 70 % of the short side are cut at random places from every image 
 picture of the IDX files (Fashion-MNIST); they are embedded as `index` does it. Without --model a small ViT (384 wide,
 2 blocks, 32 px in 16-pixel patches) is first trained on a sample of the crops with DINO for a few minutes, because the
 vectors of random weights lie closer together than any model's that one would search with. Writes float16 [n, 384],
-unit length, images in random order and the crops of each together. Seeded, but for a training that is limited by time.
+unit length, in random order, each only once: crops of one colour are all alike. Seeded, but for a training that is
+limited by time.
 """
 
 import argparse
 import gzip
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +41,18 @@ def main() -> None:
     parser.add_argument("--idx", type=Path, nargs="*", default=[], help="folders with Fashion-MNIST's IDX files")
     parser.add_argument("--n", type=int, default=1_002_000, help="vectors: a million, and some to ask for")
     parser.add_argument("--model", help="name in models/ or folder of a model; without one, a small one is trained")
+    parser.add_argument("--seed", type=int, default=0, help="of the crops")
     parser.add_argument("--minutes", type=float, default=3.0, help="of training, without --model")
     options = parser.parse_args()
 
     pictures = [image for folder in options.idx for image in idx_pictures(folder)]
     files = [folder / image.path for folder in options.images for image in find_images(folder).images]
-    per_file = -(-(options.n - len(pictures)) // len(files))
+    per_file = -(-int(1.1 * options.n - len(pictures)) // len(files))  # a tenth, or less, will be of one colour
     if options.model:
         model = resolve_model(options.model, models=models_path())
     else:
         model = train(options.out.with_suffix(".model"), files, pictures, minutes=options.minutes)
-    embed(options.out, model, files, pictures, per_file=per_file, n=options.n)
+    embed(options.out, model, [*files, *pictures], per_file=per_file, n=options.n, seed=options.seed)
 
 
 def idx_pictures(folder: Path) -> list[Image.Image]:
@@ -110,21 +112,27 @@ def train(folder: Path, files: list[Path], pictures: list[Image.Image], *, minut
 
 
 def embed(
-    out: Path, model: ModelFolder, files: list[Path], pictures: list[Image.Image], *, per_file: int, n: int
+    out: Path, model: ModelFolder, sources: list[Path | Image.Image], *, per_file: int, n: int, seed: int
 ) -> None:
     encoder = open_encoder(model, device="cpu")
     vectors = np.lib.format.open_memmap(out, "w+", np.float16, (n, encoder.dim))
-    sources = [*files, *pictures]
-    sources = [sources[i] for i in np.random.default_rng(0).permutation(len(sources))]
-    blocks = crops(sources, per_file=per_file, side=model.image_size, seed=0)
-    squares = (square for block in blocks for square in block)
-    began, done = time.monotonic(), 0
-    for keys, block in encoder.stream((None, square) for square in islice(squares, n)):
-        vectors[done : done + len(keys)] = block
-        done += len(keys)
-        if done % 65536 < len(keys):
-            print(f"{done} of {n}, {done / (time.monotonic() - began):.0f} crops/s", flush=True)
-    assert done == n, f"only {done} crops: give more images"
+    random = np.random.default_rng(seed)
+    order = random.permutation(n)  # neighbours in a file would be crops of one image
+    shuffled = [sources[i] for i in random.permutation(len(sources))]
+    blocks = crops(shuffled, per_file=per_file, side=model.image_size, seed=seed)
+    seen: set[bytes] = set()
+    began = time.monotonic()
+    for _, batch in encoder.stream((None, square) for block in blocks for square in block):
+        for vector in batch.astype(np.float16):
+            digest = hashlib.blake2b(vector.tobytes(), digest_size=8).digest()
+            if digest not in seen and len(seen) < n:
+                vectors[order[len(seen)]] = vector
+                seen.add(digest)
+                if len(seen) % 65536 == 0:
+                    print(f"{len(seen)} of {n}, {len(seen) / (time.monotonic() - began):.0f} crops/s", flush=True)
+        if len(seen) == n:
+            break
+    assert len(seen) == n, f"only {len(seen)} different crops: give more images"
     vectors.flush()
 
 

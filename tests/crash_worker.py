@@ -32,7 +32,7 @@ def sync(images, index, *, seed=0, seconds=0.0, **options):
     model = a_model(seed)
     encoder = ProjectingEncoder(model, seconds_per_batch=seconds)
     source = known_source("folder", str(images))
-    last(sync_index([source], index_path=index, model=model, encoder_for=lambda: encoder, workers=2, **options))
+    last(sync_index([source], index_path=index, model=model, encoder_for=lambda _: encoder, workers=2, **options))
 
 
 def migrate(_images, folder):

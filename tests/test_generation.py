@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import faiss
@@ -302,3 +304,31 @@ def test_details_are_plain_json(tuned):
     facts = json.loads(tuned.generation().details)
     assert set(facts["parameters"]) == {"nprobe", "rerank"}
     assert [seal["file"] for seal in facts["beside"]] == ["vectors-1.f16", "vectors-1.ids"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's private memory")
+@pytest.mark.parametrize("exact_below", [100, 10**6])
+def test_an_opened_generation_is_mapped_not_read(tmp_path, exact_below):
+    with catalog_of(tmp_path, clustered(20_000, 256)) as catalog:
+        catalog.put_generation(
+            write_generation(catalog, fingerprint=MODEL, dim=256, exact_below=exact_below, recall=0.5)
+        )
+        catalog.commit()
+    code = """if True:
+        import sys, faiss, numpy as np
+        from pathlib import Path
+        from dinosearch.index.catalog import Catalog
+        from dinosearch.index.vectors import open_vectors
+
+        def private():
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+        with Catalog.open(Path(sys.argv[1])) as catalog:
+            faiss.IndexFlatIP(4).add(np.ones((1, 4), np.float32))
+            before = private()
+            found = open_vectors(catalog, note=print).search(np.ones((1, 256), np.float32), 10)
+            print(private() - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 5 << 20  # of 20 MB of vectors in float32, 10 MB in float16

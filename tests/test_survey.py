@@ -4,10 +4,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from indexing import Workshop, a_model, never, set_age, write_image, write_images
+from indexing import Workshop, a_model, never, read_in_this_process, set_age, write_image, write_images
 from PIL import Image
 
 from dinosearch.errors import DinosearchError, UsageError
+from dinosearch.images import read
+from dinosearch.images.decode import BadImage
 from dinosearch.images.sources import open_sources
 from dinosearch.images.sources.tars import TarSource
 from dinosearch.images.sources.zips import ZipSource
@@ -193,14 +195,14 @@ def test_verify_finds_a_content_that_changed_behind_its_size_and_time(shop):
 def test_verify_reports_what_a_damaged_disk_cannot_give_any_more(shop, monkeypatch):
     (shop.root / "bad.png").write_bytes(b"no image")
     shop.sync()
-    opened = open
+    read_bytes = read.read_bytes
 
-    def open_but_one(path, *arguments, **options):
+    def read_but_one(path):
         if str(path).endswith("0007.png"):
-            raise OSError(5, "Input/output error")
-        return opened(path, *arguments, **options)
+            raise BadImage("unreadable", "Input/output error")
+        return read_bytes(path)
 
-    monkeypatch.setattr("builtins.open", open_but_one)
+    read_in_this_process(monkeypatch, read_but_one)
     assert counts(shop.sync()) == {"unchanged": 20, "failed": 1, "images": 20}
     assert counts(shop.sync(verify=True)) == {"unchanged": 19, "failed": 2, "images": 19}
     assert ("unreadable", "Input/output error") in [row[1:3] for row in failures(shop.index)]
@@ -238,3 +240,66 @@ def test_another_number_of_frames_is_not_left_behind(shop):
     set_age(shop.root / "moved.png", 5)
     shop.sync()
     assert list(failures(shop.index)) == []
+
+
+@pytest.mark.parametrize("name", ["photos.tar", "photos.tar.gz"])
+def test_an_archive_cut_short_loses_nothing_of_what_is_indexed(shop, tmp_path, name):
+    files = {path.name: path for path in sorted(shop.root.iterdir())}
+    archive = Workshop(shop.root, tmp_path / "archive", shop.model, None, [])
+    sources = pack(tmp_path / name, files)
+    archive.sync(roots=sources)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) * 3 // 4])
+    cut = archive.sync(roots=open_sources([str(tmp_path / name)]))
+    assert cut.deleted == 0
+    assert cut.images >= 19  # a member that ends too early is bad, those behind it are out of reach
+    (tmp_path / name).write_bytes(whole)
+    again = archive.sync(roots=open_sources([str(tmp_path / name)]))
+    assert (again.deleted, again.embedded, again.images) == (0, 0, 20)
+
+
+def test_what_has_no_time_to_trust_is_read_each_time(shop, monkeypatch):
+    """As on a server that tells neither date nor tag: a change of equal size must not be missed."""
+    import dinosearch.images.sources.folder as folder
+    from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, Scan
+
+    scan = folder.FolderSource.scan
+
+    def without_times(self, options, *, note):
+        found = scan(self, options, note=note)
+        return Scan([FoundImage(image.path, image.size, UNTRUSTED_TIME) for image in found.images])
+
+    monkeypatch.setattr(folder.FolderSource, "scan", without_times)
+    shop.sync()
+    assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
+    with Catalog.open(shop.index, writable=True) as catalog:
+        catalog._write("UPDATE files SET mtime_ns = ?", [(UNTRUSTED_TIME,)])
+        catalog.commit()
+    one = shop.root / "0003.png"
+    image = Image.open(one)
+    image.putpixel((0, 0), (1, 2, 3))
+    size = one.stat().st_size
+    for compression in range(10):
+        image.save(one, compress_level=compression)
+        if one.stat().st_size <= size:
+            break
+    one.write_bytes(one.read_bytes().ljust(size, b"\0"))
+    assert counts(shop.sync()) == {"changed": 1, "unchanged": 19, "embedded": 1, "images": 20}
+
+
+def test_a_wanted_recall_is_remembered_and_met(shop, monkeypatch):
+    from dinosearch.index import generation
+
+    write = generation.write_generation
+    monkeypatch.setattr(generation, "write_generation", lambda *a, **k: write(*a, exact_below=100, **k))
+    write_images(shop.root / "more", 380, seed=100)
+    shop.sync(recall=0.8)
+    first = index_info(shop.index).faiss
+    assert first.recall_target == 0.8
+    assert first.recall_at_10 >= 0.8
+    shop.sync()
+    assert index_info(shop.index).faiss == first
+    shop.sync(recall=1)
+    assert index_info(shop.index).faiss.exact
+    shop.sync()
+    assert index_info(shop.index).faiss.recall_target == 1

@@ -1,3 +1,4 @@
+import ctypes
 import json
 import os
 import shutil
@@ -8,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from indexing import Workshop, a_model, last, never, set_age, write_image, write_images
+from indexing import Workshop, a_model, last, never, read_in_this_process, set_age, write_image, write_images
 from PIL import Image
 
 from dinosearch.errors import DinosearchError, IndexLocked, IndexNotFound, UsageError
-from dinosearch.images import find, read
+from dinosearch.images import find, read, workers
 from dinosearch.images.decode import decode
-from dinosearch.index import embed
+from dinosearch.index import embed, limits
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.contents import failures, index_info, read_vectors
 from dinosearch.index.lock import writer_lock
@@ -31,6 +32,12 @@ def shop(tmp_path):
 def counts(summary):
     names = ("new", "changed", "moved", "unchanged", "deleted", "failed", "embedded", "images")
     return {name: getattr(summary, name) for name in names if getattr(summary, name)}
+
+
+def forbid_reading(monkeypatch):
+    monkeypatch.setattr(read, "read_bytes", never)
+    monkeypatch.setattr(workers.DecodePool, "read", never)
+    monkeypatch.setattr(workers.DecodePool, "take", never)
 
 
 def indexed(shop):
@@ -67,7 +74,7 @@ def test_a_first_run_embeds_every_image_as_the_encoder_alone_does(shop):
 def test_an_unchanged_folder_opens_no_file_and_no_encoder(shop, monkeypatch):
     shop.sync()
     before = (shop.index / "vectors-1.faiss").stat()
-    monkeypatch.setattr(read, "read_bytes", never)
+    forbid_reading(monkeypatch)
     summary = last(sync_index([shop.root], index_path=shop.index, model=shop.model, encoder_for=never))
     assert counts(summary) == {"unchanged": 20, "images": 20}
     assert (shop.index / "vectors-1.faiss").stat() == before
@@ -164,11 +171,12 @@ def test_a_touched_file_is_unchanged_and_read_only_once(shop, monkeypatch):
     shop.sync()
     set_age(shop.root / "0005.png", 10)
     assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
-    monkeypatch.setattr(read, "read_bytes", never)
+    forbid_reading(monkeypatch)
     assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
 
 
 def test_a_change_within_one_tick_of_the_clock_is_noticed(shop, tmp_path, monkeypatch):
+    read_in_this_process(monkeypatch, read.read_bytes)
     monkeypatch.setattr(read, "_FINE_TICK_NS", 60 * 10**9)  # as if the clock of the file system stood still
     path = shop.root / "0000.png"
     one, other = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
@@ -193,10 +201,10 @@ def test_a_file_that_changes_while_it_is_read_is_stored_as_it_was_hashed(shop, m
             write_image(path, 1000 + age, size=(30, 30), age=age)
         return data
 
-    monkeypatch.setattr(read, "read_bytes", read_and_change)
+    read_in_this_process(monkeypatch, read_and_change)
     assert counts(shop.sync()) == {"new": 20, "embedded": 20, "images": 20}
     assert_as_in_a_calm_run(shop, tmp_path)
-    monkeypatch.setattr(read, "read_bytes", never)
+    forbid_reading(monkeypatch)
     assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
 
 
@@ -209,10 +217,10 @@ def test_a_file_that_never_stops_changing_is_unreadable_and_tried_again(shop, mo
             path.write_bytes(data + b"x")
         return data
 
-    monkeypatch.setattr(read, "read_bytes", read_and_change)
+    read_in_this_process(monkeypatch, read_and_change)
     assert counts(shop.sync()) == {"new": 19, "embedded": 19, "failed": 1, "images": 19}
     assert [status for _, status, *_ in failures(shop.index)] == ["unreadable"]
-    monkeypatch.setattr(read, "read_bytes", read_bytes)
+    monkeypatch.undo()
     assert counts(shop.sync()) == {"changed": 1, "unchanged": 19, "embedded": 1, "images": 20}
 
 
@@ -329,30 +337,29 @@ def test_another_model_waits_for_files_out_of_reach(shop, monkeypatch):
 
 
 NOBODY = """
-import json, os, sys, tempfile
+import json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from indexing import Workshop, a_model, write_images
 from dinosearch.index.contents import failures, index_info
 from dinosearch.query.search import open_index, query_images
-with tempfile.TemporaryDirectory() as folder:  # once as root: nobody may not import what is in root's folders
-    warm = Workshop(Path(folder) / "images", Path(folder) / "index", a_model(), None, [])
-    write_images(warm.root, 2)
-    warm.sync()
-    with open_index(warm.index) as index:
-        list(query_images(index, warm.encoder, [warm.root / "0000.png"]))
-if os.geteuid() == 0:
-    os.setuid(65534)
 shop = Workshop(Path(sys.argv[2]), Path(sys.argv[3]), a_model(), None, [])
 """
 
 
 def as_nobody(code, *paths):
-    """Run code as somebody whom permissions bind, which they do not for root."""
+    """Run code as somebody whom permissions bind, which they do not for root with its usual powers."""
     arguments = [sys.executable, "-c", NOBODY + code, str(Path(__file__).parent), *map(str, paths)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    bound = drop_roots_powers if os.geteuid() == 0 else None
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, preexec_fn=bound)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def drop_roots_powers():
+    """For this process and all that it starts: to read and write in spite of permissions (Linux, prctl(2))."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        assert ctypes.CDLL(None).prctl(24, capability, 0, 0, 0) == 0  # PR_CAPBSET_DROP
 
 
 @pytest.fixture
@@ -424,19 +431,19 @@ def test_bad_files_are_remembered_by_content_until_the_decoders_change(shop, mon
         "bad.jpg": "corrupt", "truncated.png": "truncated",
     }  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(read, "read_bytes", never)
+        forbid_reading(patch)
         assert counts(shop.sync()) == {"unchanged": 20, "failed": 2, "images": 20}
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "decode", never)
+        patch.setattr(workers.OpenFile, "decode", never)
         bad.rename(shop.root / "moved.jpg")
         shutil.copyfile(truncated, shop.root / "copy.png")
         set_age(truncated, 50)
         assert counts(shop.sync()) == {"unchanged": 20, "failed": 3, "images": 20}
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "decoders", lambda: "newer")
-        decode = embed.decode
-        patch.setattr(embed, "decode", lambda data, *a, **k: seen.append(len(data)) or decode(data, *a, **k))
+        patch.setattr(limits, "decoders", lambda: "newer")
+        decode = workers.OpenFile.decode
+        patch.setattr(workers.OpenFile, "decode", lambda file: seen.append(file.size) or decode(file))
         assert counts(shop.sync()) == {"unchanged": 20, "failed": 3, "images": 20}
         assert len(seen) == 2
         shop.sync()
@@ -461,13 +468,13 @@ def test_a_good_file_that_was_spoilt_fails_and_leaves_the_results(shop):
 
 def test_what_was_too_large_is_tried_again_with_a_larger_budget(shop, monkeypatch):
     write_image(shop.root / "large.png", 5, size=(100, 100))
-    monkeypatch.setattr(embed, "pixel_budget", lambda _: 5000)
+    monkeypatch.setattr(limits, "pixel_budget", lambda _: 5000)
     assert counts(shop.sync()) == {"new": 20, "failed": 1, "embedded": 20, "images": 20}
     assert [status for _, status, *_ in failures(shop.index)] == ["too-large"]
     with monkeypatch.context() as patch:
-        patch.setattr(read, "read_bytes", never)
+        forbid_reading(patch)
         assert counts(shop.sync()) == {"unchanged": 20, "failed": 1, "images": 20}
-    monkeypatch.setattr(embed, "pixel_budget", lambda _: 50000)
+    monkeypatch.setattr(limits, "pixel_budget", lambda _: 50000)
     assert counts(shop.sync()) == {"unchanged": 20, "changed": 1, "embedded": 1, "images": 21}
 
 
@@ -635,7 +642,7 @@ def test_the_real_encoder_gives_the_vectors_of_its_own_encode(jpeg_folder, tiny_
 
     encoder = open_encoder(tiny_model, device="cpu")
     summary = last(
-        sync_index([jpeg_folder], index_path=tmp_path / "index", model=tiny_model, encoder_for=lambda: encoder)
+        sync_index([jpeg_folder], index_path=tmp_path / "index", model=tiny_model, encoder_for=lambda _: encoder)
     )
     assert counts(summary) == {"new": 24, "embedded": 24, "images": 24}
     files, vectors = read_vectors(tmp_path / "index")

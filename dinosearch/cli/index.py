@@ -1,6 +1,6 @@
 """`index`, `info` and `failures`: build an index, and see what is in it."""
 
-import functools
+import re
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -41,6 +41,9 @@ def index(
         int | None, typer.Option(min=1, help="Side of the square that released weights see, in pixels.")
     ] = None,
     device: DeviceOption = "auto",
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Use no more memory than this, such as 1.5G.")
+    ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Accept that more than a fifth of the files is gone.")
     ] = False,
@@ -56,6 +59,12 @@ def index(
     ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Take only this of N parts; merge makes one index of them.")
+    ] = None,
+    recall: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the 10 nearest that a large index must find, 0.5 to 1; 0.95 without.", min=0.5, max=1
+        ),
     ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow the sources until Ctrl-C, and take in what changes.")
@@ -76,6 +85,7 @@ def index(
     from dinosearch.vit.folder import models_path
     from dinosearch.vit.resolve import resolve_model
 
+    memory = _bytes_of(max_memory) if max_memory else None
     opened = open_sources(sources)
     part = Shard.parse(shard) if shard else None
     given = GivenOptions(None if exclude is None else tuple(filter(None, exclude)), include_hidden, all_pages)
@@ -83,13 +93,15 @@ def index(
     vit = resolve_model(model, models=models_path(), note=show.note, image_size=image_size)
     show.note(f"index: {show.shown(index_path)}")
 
-    @functools.cache
-    def start_encoder() -> "Encoder":
+    started: list[Encoder] = []  # one for all syncs of --watch
+
+    def start_encoder(planned_images: int) -> "Encoder":
         from dinosearch.encoder import open_encoder
 
-        encoder = open_encoder(vit, device=device, note=show.note)
-        show.note(f"engine: {encoder.engine}")
-        return encoder
+        if not started:
+            started.append(open_encoder(vit, device=device, planned_images=planned_images, note=show.note))
+            show.note(f"engine: {started[0].engine}")
+        return started[0]
 
     def sync(due: "Sequence[Source]", *, verify: bool = False) -> "SyncSummary":
         return _shown_sync(
@@ -103,6 +115,8 @@ def index(
                 allow_deletions=yes,
                 verify=verify,
                 prune=prune,
+                max_memory=memory,
+                recall=recall,
                 note=show.note,
             )
         )
@@ -177,9 +191,17 @@ def _source_line(source: dict[str, Any]) -> str:
 
 
 def _details(progress: "SyncProgress") -> str:
-    speed = f"{progress.images_per_second:.0f} images/s" if progress.images_per_second else ""
-    failed = f"{progress.failed} failed" if progress.failed else ""
-    return "  ".join(part for part in (speed, failed) if part)
+    speed = f"{progress.images_per_second:.0f} images/s  {progress.mb_per_second:.1f} MB/s"
+    parts = [speed, f"limit: {progress.limit}"] if progress.images_per_second else []
+    return "  ".join(parts + ([f"{progress.failed} failed"] if progress.failed else []))
+
+
+def _bytes_of(text: str) -> int:
+    """ "1.5G" → 1610612736"""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"{text!r} is no size; give bytes, or such as 900M or 1.5G")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
 def _shown_sync(sync: "Generator[SyncProgress, None, None]") -> "SyncSummary":

@@ -196,8 +196,8 @@ class _Demo:
         from dinosearch.encoder import Encoder, open_encoder
         from dinosearch.index.sync import sync_index
 
-        def start() -> Encoder:
-            return open_encoder(model, device=self.device, note=self.note)
+        def start(planned_images: int) -> Encoder:
+            return open_encoder(model, device=self.device, planned_images=planned_images, note=self.note)
 
         path = self.folder / "indexes" / name
         sync = sync_index(
@@ -260,7 +260,7 @@ class _Demo:
             answers = query_images(index, encoder, queries, top=SHOWN_MATCHES + 1)
             for query, answer in zip(queries, answers, strict=True):
                 others = [match for match in answer.matches if match.path != query][:SHOWN_MATCHES]
-                shown.append(Shown(query, labels[query], [(match, labels[match.path]) for match in others]))
+                shown.append(Shown(query, labels[query], [(match, labels[Path(match.path)]) for match in others]))
         return shown
 
 

@@ -74,23 +74,34 @@ def _state(facts: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def in_threads(
-    function: Callable[[T], R], items: Iterable[T], *, workers: int | None = None, ahead: int = 64
+    function: Callable[[T], R],
+    items: Iterable[T],
+    *,
+    workers: int | None = None,
+    ahead: int = 64,
+    weight: Callable[[T], int] = lambda _: 0,
+    most_weight: int = 0,
 ) -> Iterator[R]:
     """`map(function, items)` in `workers` threads (default: one per core), results in the order of the items.
 
-    `items` is consumed in the caller's thread, at most `ahead` items before the result being waited for, so memory is
-    bounded. The first exception of `function` or `items` propagates. When the caller stops early, what has not begun is
-    cancelled and the threads have ended before this returns.
+    `items` is consumed in the caller's thread, at most `ahead` items before the result being waited for, and fewer
+    where their weights together exceed `most_weight`, so memory is bounded. The first exception of `function` or
+    `items` propagates. When the caller stops early, what has not begun is cancelled and the threads have ended before
+    this returns.
     """
-    pending: deque[Future[R]] = deque()
+    pending: deque[tuple[Future[R], int]] = deque()
+    weights = 0
     with ThreadPoolExecutor(workers or n_cores(), thread_name_prefix="images") as pool:
         try:
             for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
+                pending.append((pool.submit(function, item), weight(item)))
+                weights += pending[-1][1]
+                while len(pending) > ahead or (weights > most_weight and len(pending) > 1):
+                    future, freed = pending.popleft()
+                    weights -= freed
+                    yield future.result()
             while pending:
-                yield pending.popleft().result()
+                yield pending.popleft()[0].result()
         finally:
-            for future in pending:
+            for future, _ in pending:
                 future.cancel()

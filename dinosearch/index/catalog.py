@@ -26,6 +26,7 @@ import numpy as np
 from dinosearch.errors import IndexNotFound, IndexUnusable
 from dinosearch.images.source import UNTRUSTED_TIME
 from dinosearch.index import database
+from dinosearch.index.conditions import BUILT_IN, Condition
 from dinosearch.index.database import damaged, explained
 from dinosearch.index.lock import writer_lock
 from dinosearch.index.rows import (
@@ -50,6 +51,8 @@ _BLOCK = 4096  # rows fetched at a time: bounds memory whatever the size of the 
 # Files that a search can return: readable ones whose content has a vector of the answering model.
 _LIVE = """files AS f JOIN vectors AS v
     ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ? AND f.status = 'ok'"""
+
+_LIVE_FIELDS = "f.root, f.path, f.member, f.frame, v.id, coalesce(f.metadata, '')"
 
 # Every file with its vector of one model, or NULL, by content: the search trees of both are walked side by side.
 _BY_CONTENT = """files AS f INDEXED BY files_by_content LEFT JOIN vectors AS v
@@ -145,6 +148,11 @@ class Catalog:
         if not rows:
             raise damaged(self.path, f"it does not say its {key}")
         return str(rows[0][0])
+
+    def recall(self) -> float | None:
+        """Share of the 10 nearest that searches should find; None where nobody asked for another than the usual."""
+        rows = self._rows("SELECT value FROM meta WHERE key = 'recall'")
+        return float(rows[0][0]) if rows else None
 
     def shard(self) -> str | None:
         """i/n, if the index is one of n parts."""
@@ -244,21 +252,29 @@ class Catalog:
             return None
         return [Content(status, reason, width, height) for _, status, reason, width, height, _ in rows]
 
-    def live_files(self, *, vector_ids: Sequence[int] | None = None) -> Iterator[LiveFile]:
-        """What a search can return, by root, path, member and frame; only with one of `vector_ids` where given."""
-        fingerprint, fields = self.fingerprint, "f.root, f.path, f.member, f.frame, v.id"
+    def live_files(
+        self, *, vector_ids: Sequence[int] | None = None, where: Sequence[Condition] = ()
+    ) -> Iterator[LiveFile]:
+        """What a search can return, by root, path, member and frame; only with one of `vector_ids` where given.
+
+        `where` leaves those that fulfil all of some conditions.
+        """
+        fingerprint = self.fingerprint
         if vector_ids is None:
-            query = f"SELECT {fields} FROM {_LIVE} ORDER BY f.root, f.path, f.member, f.frame"
-            yield from (
-                LiveFile(root, self._path_of(path), *rest) for root, path, *rest in self._stream(query, (fingerprint,))
-            )
+            columns = self.metadata_columns() if where else {}
+            tests = [_test_of(condition, columns) for condition in where]
+            query = " AND ".join([f"SELECT {_LIVE_FIELDS} FROM {_LIVE}", *(sql for sql, _ in tests)])
+            values = [value for _, each in tests for value in each]
+            rows = self._stream(f"{query} ORDER BY f.root, f.path, f.member, f.frame", (fingerprint, *values))
+            yield from (LiveFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
             return
+        assert not where
         for start in range(0, len(vector_ids), 500):  # SQLite bounds the number of parameters
             some = [int(number) for number in vector_ids[start : start + 500]]
             marks = ",".join("?" * len(some))
             # CROSS JOIN fixes the order: the few vectors first, then the files of each.
             rows = self._stream(
-                f"""SELECT {fields} FROM vectors AS v CROSS JOIN files AS f
+                f"""SELECT {_LIVE_FIELDS} FROM vectors AS v CROSS JOIN files AS f
                 ON v.content_hash = f.content_hash AND v.frame = f.frame
                 WHERE v.id IN ({marks}) AND v.fingerprint = ? AND f.status = 'ok'""",
                 (*some, fingerprint),
@@ -296,13 +312,16 @@ class Catalog:
         )
         yield from (FailedFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
 
-    def metadata_columns(self) -> list[str]:
-        """Names of what tables say of their images."""
+    def metadata_columns(self) -> dict[str, set[str]]:
+        """Names of what tables say of their images, in order, and the JSON types of their values."""
         rows = self._rows(
-            """SELECT DISTINCT key FROM files, json_each(files.metadata)
+            """SELECT DISTINCT key, type FROM files, json_each(files.metadata)
             WHERE files.metadata NOT NULL AND frame = 0 ORDER BY key"""
         )
-        return [str(key) for (key,) in rows]
+        columns: dict[str, set[str]] = {}
+        for name, kind in rows:
+            columns.setdefault(name, set()).add(kind)
+        return columns
 
     def files_to_copy(self, root: int) -> Iterator[CopiedFile]:
         """Files of a root with all that is known of them and their vectors, by path, member and frame."""
@@ -341,10 +360,9 @@ class Catalog:
         """What a search can return and its unit vectors float32 [n, dim], in the order of `live_files`, in blocks."""
         files: list[LiveFile] = []
         blobs: list[bytes] = []
-        query = f"""SELECT f.root, f.path, f.member, f.frame, v.id, v.vector FROM {_LIVE}
-            ORDER BY f.root, f.path, f.member, f.frame"""
-        for root, path, member, frame, number, blob in self._stream(query, (self.fingerprint,)):
-            files.append(LiveFile(root, self._path_of(path), member, frame, number))
+        query = f"SELECT {_LIVE_FIELDS}, v.vector FROM {_LIVE} ORDER BY f.root, f.path, f.member, f.frame"
+        for root, path, *rest, blob in self._stream(query, (self.fingerprint,)):
+            files.append(LiveFile(root, self._path_of(path), *rest))
             blobs.append(blob)
             if len(files) == _BLOCK:
                 yield files, unit(_halves(blobs))
@@ -466,6 +484,10 @@ class Catalog:
         """Know contents by another hash; the catalog has none yet."""
         self._write("UPDATE meta SET value = ? WHERE key = 'content_hash'", [(algorithm,)])
 
+    def set_recall(self, recall: float) -> None:
+        """Want so many of the 10 nearest found, from the next generation on."""
+        self._write("INSERT OR REPLACE INTO meta VALUES ('recall', ?)", [(str(recall),)])
+
     def set_model(self, *, fingerprint: str, model: str, dim: int) -> None:
         """Let the vectors of another model answer from the next commit on."""
         meta = {"fingerprint": fingerprint, "model": model, "dim": str(dim)}
@@ -573,6 +595,26 @@ class Catalog:
             if not self._connection.in_transaction:
                 self._connection.execute("BEGIN IMMEDIATE")
             yield
+
+
+def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str, list[str | float]]:
+    """A condition in SQL, and the values of its parameters."""
+    name, number, text = condition.column, condition.number, condition.value
+    # json_each takes any name; a path of json_extract none with quotes in it.
+    column, own = "(SELECT value FROM json_each(f.metadata) WHERE key = ?)", [name]
+    if name in BUILT_IN and name not in metadata_columns:
+        column, own = ("CAST(f.path AS TEXT)" if name == "path" else f"f.{name}"), []
+    if condition.comparison == "~":
+        return f"instr(lower({column}), lower(?)) > 0", [*own, text]
+    if condition.comparison in ("=", "!="):
+        equal = f"({column} = ? OR {column} = ?)" if number is not None else f"{column} = ?"
+        values: list[str | float] = [*own, text, *own, number] if number is not None else [*own, text]
+        if condition.comparison == "=":
+            return equal, values
+        return f"{column} NOT NULL AND NOT {equal}", [*own, *values]
+    if number is None:
+        return f"{column} {condition.comparison} ? AND typeof({column}) = 'text'", [*own, text, *own]
+    return f"{column} {condition.comparison} ? AND typeof({column}) != 'text'", [*own, number, *own]
 
 
 def is_index(index_path: Path) -> bool:

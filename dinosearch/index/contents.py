@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinosearch.images.sources import is_url
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.generation import details_of
+from dinosearch.index.rows import LiveFile
 from dinosearch.index.sources import FollowedSources
 
 
@@ -74,14 +76,17 @@ class IndexInfo:
 class IndexedFile:
     """A file with a vector."""
 
-    path: Path
-    """Absolute."""
+    path: Path | str
+    """Absolute; a member of an archive is named below it, photos.zip/a.jpg. A str where it is a URL."""
     relative: str
     """Below its root, "/" between parts."""
-    root: Path
+    root: Path | str
+    """Location of its source."""
     member: str = ""
     """Name inside an archive."""
     frame: int = 0
+    row: int = 0
+    """Of its vector, in the array that the files came with."""
 
 
 class Failure(NamedTuple):
@@ -121,7 +126,7 @@ def index_info(index_path: Path) -> IndexInfo:
             fingerprint=fingerprint,
             roots=[root.location for root in roots],
             sources=[SourceInfo(root.kind, root.location, **asdict(root.options)) for root in roots],
-            metadata=catalog.metadata_columns(),
+            metadata=list(catalog.metadata_columns()),
             shard=catalog.shard(),
             faiss=faiss,
         )
@@ -144,14 +149,16 @@ def read_vectors(index_path: Path) -> tuple[list[IndexedFile], np.ndarray]:
         for block, vectors in catalog.live_vectors():
             block = block[: len(found) - len(files)]  # a writer may have added some since they were counted
             found[len(files) : len(files) + len(block)] = vectors[: len(block)]
-            files += [
-                IndexedFile(
-                    Path(sources.shown_path(file)),
-                    file.path,
-                    Path(sources.by_root[file.root].location),
-                    file.member,
-                    file.frame,
-                )
-                for file in block
-            ]
+            files += [indexed_file(file, sources, row) for row, file in enumerate(block, len(files))]
     return files, found[: len(files)]
+
+
+def indexed_file(file: LiveFile, sources: FollowedSources, row: int) -> IndexedFile:
+    """A file of the catalog as others see it."""
+    root = as_path(sources.by_root[file.root].location)
+    return IndexedFile(as_path(sources.shown_path(file)), file.path, root, file.member, file.frame, row)
+
+
+def as_path(shown: str) -> Path | str:
+    """A path as such; a URL as it is, of which Path would leave out a slash."""
+    return shown if is_url(shown) else Path(shown)

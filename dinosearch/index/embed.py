@@ -1,7 +1,9 @@
 """Read, decode and embed files into the catalog, in one bounded pipeline. Knows nothing of scanning or FAISS.
 
-Reader threads read, hash and decode; the caller's thread feeds the encoder and writes. A content is decoded and
-embedded once: what the catalog knows is not decoded, and a copy of a file still under way waits for its vector.
+Processes read, hash and decode, each for a thread of this one; the caller's thread feeds the encoder and writes. A
+content is decoded and embedded once: what the catalog knows is not decoded, and a copy of a file still under way waits
+for its vectors. Of a file with several frames the first is decoded like any image; the others follow one by one while
+the caller's thread waits, so that never more than one of them is in memory.
 """
 
 from __future__ import annotations
@@ -10,17 +12,22 @@ import itertools
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dinosearch.errors import DinosearchError
-from dinosearch.images.decode import BadImage, Fit, content_hash, decode, decoders, pixel_budget
+from dinosearch.images.decode import BadImage, Fit
 from dinosearch.images.read import in_threads
+from dinosearch.images.source import StableBytes
+from dinosearch.images.workers import DecodePool, OpenFile
 from dinosearch.index.catalog import Catalog
-from dinosearch.index.compare import DecoderKeys, Wanted
+from dinosearch.index.compare import Wanted
+from dinosearch.index.limits import Limits
+from dinosearch.index.pace import Pace
 from dinosearch.index.reading import Reading, readings
 from dinosearch.index.rows import OK, UNREADABLE, Content, FileRow
 
@@ -31,18 +38,33 @@ if TYPE_CHECKING:
 SAVE_SECONDS = 2.0
 SAVE_FILES = 1000
 
-_AHEAD_BYTES = 128 << 20  # pixels waiting for the encoder, whatever their size
 _LULL_SECONDS = 0.5  # with nothing for the encoder in so long, what it has begun is finished and progress is shown
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """A file after its reader thread: what is known of its content, or its pixels; neither if a copy is under way."""
+@dataclass(slots=True)
+class _File:
+    """A file on its way to the catalog."""
 
     wanted: Wanted
     row: FileRow
-    content: Content | None = None
-    pixels: np.ndarray | None = None
+    states: list[Content | None] = field(default_factory=list)
+    """Of its frames; None where the vector is under way. Empty if a copy of the same content is."""
+    reading: Reading | None = None
+    """How to read it again, where it has further frames."""
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        """What is under way: a content, and how much of it."""
+        return self.row.content_hash or "", self.wanted.all_pages
+
+
+class _Frame(NamedTuple):
+    """What stands for an image in the encoder's stream."""
+
+    file: _File
+    number: int
+    width: int
+    height: int
 
 
 class Embedding:
@@ -53,13 +75,13 @@ class Embedding:
         catalog: Catalog,
         *,
         model: ModelFolder,
-        encoder_for: Callable[[], Encoder],
-        keys: DecoderKeys,
-        workers: int,
+        encoder_for: Callable[[int], Encoder],
+        limits: Limits,
     ) -> None:
         self.outcomes: Counter[str] = Counter()
         """Files by new, changed, moved, unchanged, failed."""
         self.n_embedded = 0
+        """Images that went through the model; each frame is one."""
         self.n_altered = 0
         """Verified files whose content is another one though size and time are the same."""
         self._catalog = catalog
@@ -68,151 +90,250 @@ class Embedding:
         self._fit = Fit(model.image_size, mode=model.fit, crop_pct=model.crop_pct, interpolation=model.interpolation)
         self._encoder_for = encoder_for
         self._encoder: Encoder | None = None
-        self._keys = keys
-        self._hash_algorithm = catalog.meta("content_hash")
-        self._workers = workers
-        self._max_pixels = pixel_budget(workers)
-        # Guards the three below together with the catalog's rows they stand for.
+        self._n_wanted = 0
+        self._keys = limits.decoder_keys()
+        self._limits = limits
+        self._pool = DecodePool(
+            self._fit,
+            workers=limits.workers,
+            max_pixels=limits.max_pixels,
+            algorithm=catalog.meta("content_hash"),
+        )
+        # Guards the two below together with the catalog's rows they stand for.
         self._lock = threading.Lock()
-        self._under_way: set[str] = set()
-        self._waiting: defaultdict[str, list[_Read]] = defaultdict(list)
+        self._under_way: set[tuple[str, bool]] = set()
+        self._waiting: defaultdict[tuple[str, bool], list[_File]] = defaultdict(list)
+        self._pace = Pace()
         self._began = self._ended = self._saved = time.monotonic()
         self._engine_seconds = 0.0
+        self._n_bytes = 0
         self._n_unsaved = 0
 
     @property
     def n_done(self) -> int:
+        """Files that are in the catalog."""
         return self.outcomes.total()
 
     @property
     def images_per_second(self) -> float:
         """Files read per second from the first read to the last commit, without the start of the engine."""
-        seconds = self._ended - self._began - self._engine_seconds
-        return self.n_done / seconds if self.n_done and seconds > 0 else 0.0
+        return self.n_done / self._seconds if self._seconds > 0 else 0.0
 
-    def run(self, wanted: Iterable[Wanted]) -> Iterator[None]:
+    @property
+    def mb_per_second(self) -> float:
+        """Megabytes of files read per second, likewise."""
+        return self._n_bytes / 1e6 / self._seconds if self._seconds > 0 else 0.0
+
+    @property
+    def limit(self) -> str:
+        """The stage that the others wait for now: disk, decode, model or write."""
+        return self._pace.limit(reading=self._pool.times.reading, decoding=self._pool.times.decoding)
+
+    @property
+    def _seconds(self) -> float:
+        return self._ended - self._began - self._engine_seconds
+
+    def run(self, wanted: Sequence[Wanted]) -> Iterator[None]:
         """Read all; whatever ends this early, what was embedded is saved."""
         self._began = self._saved = time.monotonic()
-        ahead = max(2 * self._workers, min(16 * self._workers, _AHEAD_BYTES // (3 * self._fit.image_size**2)))
-        results = in_threads(self._read, readings(wanted), workers=self._workers, ahead=ahead)
+        self._n_wanted = len(wanted)
+        workers = self._limits.workers
+        ahead = max(2 * workers, min(16 * workers, self._limits.ahead_bytes // (3 * self._fit.image_size**2)))
+        results = in_threads(
+            self._read,
+            readings(wanted),
+            workers=workers,
+            ahead=ahead,
+            weight=_bytes_held,
+            most_weight=self._limits.ahead_bytes,
+        )
         assert isinstance(results, Generator)
         try:
-            for result in results:
-                if result.pixels is None:
-                    self._settle(result)
-                else:
-                    yield from self._encode(itertools.chain([(result, result.pixels)], self._pictures(results)))
-                self._save_if_due()
-                yield
-            assert not self._waiting
+            with self._pool:
+                files = self._pace.waiting(results)
+                for file, pixels in files:
+                    if pixels is None:
+                        self._settle(file)
+                    else:
+                        yield from self._encode(file, pixels, files)
+                    self._save_if_due()
+                    yield
+                assert not self._waiting
         finally:
             results.close()
             self._save()
 
-    def _read(self, reading: Reading) -> _Read:
-        """Runs in a reader thread."""
+    def _read(self, reading: Reading) -> tuple[_File, np.ndarray | None]:
+        """A file and its first square, if that is wanted. Runs in a reader thread."""
         wanted, found = reading.wanted, reading.wanted.found
         row = FileRow(
             wanted.root, found.path, found.size, found.mtime_ns, None, UNREADABLE,
             member=found.member, metadata=found.metadata,
         )  # fmt: skip
+        file = _File(wanted, row)
         try:
-            stable = reading.stable_bytes()
+            with self._opened(reading) as opened:
+                file.row = row = replace(
+                    row, size=opened.size, mtime_ns=opened.mtime_ns, content_hash=opened.content_hash
+                )
+                with self._lock:
+                    if file.key in self._under_way:
+                        return file, None
+                    if known := self._known(file):
+                        file.states = list(known)
+                        return file, None
+                    self._under_way.add(file.key)
+                picture, n_frames = opened.decode_and_count() if wanted.all_pages else (opened.decode(), 1)
         except BadImage as bad:
-            return _Read(wanted, row, Content(bad.status, bad.reason, None, None))
-        content = content_hash(stable.data, self._hash_algorithm)
-        row = replace(row, size=len(stable.data), mtime_ns=stable.mtime_ns, content_hash=content)
-        with self._lock:
-            known = self._known(content)
-            if known or content in self._under_way:
-                return _Read(wanted, row, known)
-            self._under_way.add(content)
-        try:
-            picture = decode(stable.data, self._fit, max_pixels=self._max_pixels)
-        except BadImage as bad:
-            return _Read(wanted, row, Content(bad.status, bad.reason, None, None))
-        return _Read(wanted, replace(row, width=picture.width, height=picture.height), pixels=picture.pixels)
+            file.states = [Content(bad.status, bad.reason, None, None)]
+            return file, None
+        file.row = replace(row, width=picture.width, height=picture.height)
+        file.states = [None] * n_frames
+        file.reading = reading if n_frames > 1 else None
+        return file, picture.pixels
 
-    def _known(self, content: str) -> Content | None:
-        return self._catalog.known_content(
+    @contextmanager
+    def _opened(self, reading: Reading) -> Iterator[OpenFile]:
+        """The file in a decoding process, which reads local ones itself. Raises BadImage."""
+        wanted = reading.wanted
+        path = wanted.source.file_path(wanted.found) if reading.streamed is None else None
+        if path is not None:
+            with self._pool.read(path) as opened:
+                yield opened
+            return
+        stable = reading.stable_bytes()
+        with self._pool.take(stable.data) as opened:
+            opened.mtime_ns = stable.mtime_ns
+            yield opened
+
+    def _known(self, file: _File) -> list[Content] | None:
+        """The states of all frames that are wanted, if none needs work."""
+        content = file.row.content_hash or ""
+        first = self._catalog.known_content(
             content, fingerprint=self._fingerprint, decoders=self._keys.decoders, large=self._keys.large
         )
+        if first is None or first.status != OK or not file.wanted.all_pages:
+            return None if first is None else [first]
+        return self._catalog.known_frames(content, fingerprint=self._fingerprint)
 
-    def _pictures(self, results: Iterator[_Read]) -> Iterator[tuple[_Read, np.ndarray]]:
-        """What the encoder has to see, until it is all read or there has been nothing for a while."""
+    def _encode(
+        self, file: _File, pixels: np.ndarray, files: Iterator[tuple[_File, np.ndarray | None]]
+    ) -> Iterator[None]:
+        """Feed the encoder with this file and those that come, until there has been nothing for a while."""
+        if self._encoder is None:
+            began = time.monotonic()
+            self._encoder = self._encoder_for(self._n_wanted)
+            self._engine_seconds = time.monotonic() - began
+        for frames, vectors in self._encoder.stream(self._squares(file, pixels, files)):
+            assert vectors.shape == (len(frames), self._dim)
+            if not np.isfinite(vectors).all():
+                raise DinosearchError(
+                    f"the model's vectors are no numbers, as for {frames[0].file.wanted.path}. Use another --model"
+                )
+            with self._pace.spending("write"):
+                self._store(frames, vectors)
+            self._save_if_due()
+            yield
+
+    def _squares(
+        self, file: _File, pixels: np.ndarray | None, files: Iterator[tuple[_File, np.ndarray | None]]
+    ) -> Iterator[tuple[_Frame, np.ndarray]]:
         fed = time.monotonic()
-        for result in results:
-            if result.pixels is not None:
-                yield result, result.pixels
+        for each, square in itertools.chain([(file, pixels)], files):
+            if square is not None:
+                yield _Frame(each, 0, each.row.width or 0, each.row.height or 0), square
+                yield from self._further_squares(each)
                 fed = time.monotonic()
             else:
-                self._settle(result)
+                self._settle(each)
                 self._save_if_due()
                 if time.monotonic() - fed > _LULL_SECONDS:
                     return
 
-    def _encode(self, pictures: Iterable[tuple[_Read, np.ndarray]]) -> Iterator[None]:
-        if self._encoder is None:
-            began = time.monotonic()
-            self._encoder = self._encoder_for()
-            self._engine_seconds = time.monotonic() - began
-        # The encoder holds its keys until their vectors come: they must not hold the pixels too.
-        keyed = ((replace(result, pixels=None), pixels) for result, pixels in pictures)
-        for keys, vectors in self._encoder.stream(keyed):
-            assert vectors.shape == (len(keys), self._dim)
-            if not np.isfinite(vectors).all():
-                raise DinosearchError(
-                    f"the model's vectors are no numbers, as for {keys[0].wanted.path}. Use another --model"
-                )
-            self._store(keys, vectors)
-            self._save_if_due()
-            yield
+    def _further_squares(self, file: _File) -> Iterator[tuple[_Frame, np.ndarray]]:
+        """The frames after the first, until one is bad: what comes after that can't be had either, as a rule."""
+        if file.reading is None:
+            return
+        reading, file.reading = file.reading, None
+        number = 1
+        try:
+            with self._opened(reading) as opened:
+                if opened.content_hash != file.row.content_hash:
+                    raise BadImage(UNREADABLE, "it changed while it was read")
+                for number in range(1, len(file.states)):
+                    with self._pace.spending("read"):
+                        picture = opened.decode_frame(number)
+                    yield _Frame(file, number, picture.width, picture.height), picture.pixels
+        except BadImage as bad:
+            with self._lock:
+                file.states[number:] = [Content(bad.status, bad.reason, None, None)]
+                if None not in file.states:
+                    self._catalog.put_files(self._finish(file))
 
-    def _store(self, results: list[_Read], vectors: np.ndarray) -> None:
-        contents = [(r.row.content_hash or "", 0, r.row.width or 0, r.row.height or 0) for r in results]
+    def _store(self, frames: list[_Frame], vectors: np.ndarray) -> None:
+        """Write vectors, and the files that are complete with them, in one transaction."""
         with self._lock:
+            contents = [(f.file.row.content_hash or "", f.number, f.width, f.height) for f in frames]
             self._catalog.put_vectors(contents, vectors, fingerprint=self._fingerprint)
-            self.n_embedded += len(results)
-            rows = [self._finish(r, Content(OK, "", r.row.width, r.row.height)) for r in results]
-            self._catalog.put_files(itertools.chain.from_iterable(rows))
+            self.n_embedded += len(frames)
+            for file, number, width, height in frames:
+                file.states[number] = Content(OK, "", width, height)
+                if None not in file.states:
+                    self._catalog.put_files(self._finish(file))
 
-    def _settle(self, result: _Read) -> None:
+    def _settle(self, file: _File) -> None:
         """Write a file whose content needs no vector, or let it wait for the copy that is under way."""
-        content = result.row.content_hash
-        with self._lock:
-            # The copy under way may have ended since the reader thread saw it.
-            known = result.content or (self._known(content) if content and content not in self._under_way else None)
-            if known:
-                self._catalog.put_files(self._finish(result, known))
+        with self._pace.spending("write"), self._lock:
+            if not file.states and file.key not in self._under_way:
+                # The copy under way has ended since the reader thread saw it.
+                file.states = list(self._known(file) or [])
+            if file.states:
+                self._catalog.put_files(self._finish(file))
             else:
-                self._waiting[content or ""].append(result)
+                self._waiting[file.key].append(file)
 
-    def _finish(self, result: _Read, content: Content) -> list[FileRow]:
+    def _finish(self, file: _File) -> list[FileRow]:
         """Rows to write, of a file and of those that waited for its content; the lock is held."""
-        content_hash = result.row.content_hash
-        results = [result, *(self._waiting.pop(content_hash, []) if content_hash else [])]
-        status, reason, width, height = content
-        tried = None if status in (OK, UNREADABLE) else self._keys.of(status)
+        content = file.row.content_hash
+        files = [file, *(self._waiting.pop(file.key, []) if content else [])]
+        if content:
+            self._under_way.discard(file.key)
         rows = []
-        for each in results:
-            row = replace(each.row, status=status, reason=reason, width=width, height=height, decoders=tried)
-            rows.append(row)
-            outcome = each.wanted.outcome(row)
+        for each in files:
+            of_file = list(self._rows(each, [state for state in file.states if state]))
+            outcome = each.wanted.outcome(of_file[0])
             self.outcomes[outcome] += 1
             self.n_altered += outcome == "changed" and each.wanted.verified
-        self._under_way.discard(content_hash or "")
+            self._n_bytes += each.row.size
+            rows += of_file
         self._n_unsaved += len(rows)
         return rows
+
+    def _rows(self, file: _File, states: list[Content]) -> Iterator[FileRow]:
+        """One for each frame; the first also says how many there are, if that was asked."""
+        for number, (status, reason, width, height) in enumerate(states):
+            yield replace(
+                file.row,
+                frame=number,
+                frames=len(states) if file.wanted.all_pages and number == 0 else None,
+                status=status,
+                reason=reason,
+                width=width,
+                height=height,
+                decoders=None if status in (OK, UNREADABLE) else self._keys.of(status),
+            )
 
     def _save_if_due(self) -> None:
         if self._n_unsaved >= SAVE_FILES or (self._n_unsaved and time.monotonic() - self._saved > SAVE_SECONDS):
             self._save()
 
     def _save(self) -> None:
-        self._catalog.commit()
+        with self._pace.spending("write"):
+            self._catalog.commit()
         self._n_unsaved = 0
         self._saved = self._ended = time.monotonic()
 
 
-def decoder_keys(workers: int) -> DecoderKeys:
-    return DecoderKeys(decoders(), f"{decoders()}, at most {pixel_budget(workers)} pixels")
+def _bytes_held(reading: Reading) -> int:
+    """What waits in memory with it: only sources that stream have been read already."""
+    return len(reading.streamed.data) if isinstance(reading.streamed, StableBytes) else 0

@@ -23,6 +23,11 @@ def writer_lock(index_path: Path) -> Iterator[None]:
 
     lock = FileLock(index_path / "lock")
     holder_path = index_path / "lock.json"
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -34,11 +39,6 @@ def writer_lock(index_path: Path) -> Iterator[None]:
             f"cannot write to {index_path} ({error.strerror}). Make it writable, or index under another --name"
         ) from error
     try:
-        holder = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
         with suppress(OSError):  # on a full disk the lock holds without a name
             holder_path.write_text(json.dumps(holder), encoding="utf-8")
         yield

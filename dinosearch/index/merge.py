@@ -78,6 +78,8 @@ def merge_indexes(index_paths: Sequence[Path], *, into: Path) -> Generator[Merge
             aside, fingerprint=first.fingerprint, model=first.meta("model"), dim=int(first.meta("dim"))
         ) as merged:
             merged.set_content_hash(first.meta("content_hash"))
+            if (recall := first.recall()) is not None:
+                merged.set_recall(recall)
             done = 0
             for root, parts in _roots(catalogs).items():
                 number = merged.add_root(parts[0][1].kind, root)

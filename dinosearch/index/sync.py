@@ -27,7 +27,8 @@ from dinosearch.images.sources import known_source
 from dinosearch.index import generation
 from dinosearch.index.catalog import Catalog, is_index
 from dinosearch.index.compare import Changes, DecoderKeys, View, Wanted, compare, match_moves, refuse_mass_deletion
-from dinosearch.index.embed import Embedding, decoder_keys
+from dinosearch.index.embed import Embedding
+from dinosearch.index.limits import limits_for
 from dinosearch.index.lock import writer_lock
 from dinosearch.index.reading import Reading, readings
 from dinosearch.index.rows import OK, FileRow, Root, StoredFile
@@ -75,6 +76,9 @@ class SyncProgress:
     """Files of this stage; 0 while it is not known."""
     failed: int = 0
     images_per_second: float = 0.0
+    mb_per_second: float = 0.0
+    limit: str = ""
+    """The stage that the others wait for: disk, decode, model or write."""
     summary: SyncSummary | None = None
 
 
@@ -83,28 +87,32 @@ def sync_index(
     *,
     index_path: Path,
     model: ModelFolder,
-    encoder_for: Callable[[], Encoder],
+    encoder_for: Callable[[int], Encoder],
     options: GivenOptions | None = None,
     shard: Shard | None = None,
     allow_deletions: bool = False,
     verify: bool = False,
     prune: bool = False,
     workers: int | None = None,
+    max_memory: int | None = None,
+    recall: float | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Generator[SyncProgress, None, None]:
     """Make or update the index in `index_path` from sources, or folders; those it has besides stay as they are.
 
     With another model than the index answers with, all its sources are embedded anew beside the old vectors, which
-    answer until everything is there. `encoder_for` is called once something has to be embedded, never before.
+    answer until everything is there. `encoder_for` is called once something has to be embedded, never before, with
+    the number of files that are to be read.
     `options` are remembered with each source. `shard` takes only that part of the images, and is the index's for
     good. `allow_deletions` accepts that more than 20 % of a source's files are gone; `verify` reads unchanged files
-    too; `prune` forgets vectors that no file needs. Close the generator (`contextlib.closing`) when leaving it early:
+    too; `prune` forgets vectors that no file needs. `recall`, remembered by the index, is the share of the 10 nearest
+    that a large index must find. Close the generator (`contextlib.closing`) when leaving it early:
     that saves what was embedded.
     Raises DinosearchError when a source is missing, empty, half gone or inside another one, and IndexLocked.
     """
     began = time.monotonic()
     options = options or GivenOptions()
-    workers = workers or n_cores()
+    limits = limits_for(model, workers=workers or n_cores(), max_memory=max_memory)
     asked = _as_sources(sources)
     yield SyncProgress("scan")
     # A new index gets its folder only when its sources are sound; an existing one is locked before the long scan.
@@ -117,6 +125,8 @@ def sync_index(
         if verify:
             catalog.check()
         catalog.finish_erasure()
+        if recall is not None:
+            catalog.set_recall(recall)
         shard = _own_shard(catalog, shard, note)
         roots = {root.location: root for root in catalog.roots().values()}
         switching = catalog.fingerprint != model.fingerprint
@@ -137,20 +147,20 @@ def sync_index(
                 for location, source in asked.items()
             ]
         say_options(surveys, options, note)
-        keys = decoder_keys(workers)
+        keys = limits.decoder_keys()
         changes = Changes()
         numbers = {}
         for each in surveys:
             number = numbers[each.source.location] = _remember(catalog, each, roots.get(each.source.location))
             stored = catalog.stored_files(number, fingerprint=model.fingerprint)
             compare(changes, _view(number, each, verify=verify), stored, keys)
-        moves = yield from _match_moves(changes, catalog.meta("content_hash"), workers)
+        moves = yield from _match_moves(changes, catalog.meta("content_hash"), limits.workers)
         if not allow_deletions:
             refuse_mass_deletion(changes)
         outcomes = _apply(catalog, changes, moves, keys)
         _check_disk(index_path, len(changes.wanted), model.dim)
 
-        embedding = Embedding(catalog, model=model, encoder_for=encoder_for, keys=keys, workers=workers)
+        embedding = Embedding(catalog, model=model, encoder_for=encoder_for, limits=limits)
         shown = time.monotonic()
         for _ in embedding.run(changes.wanted):
             if time.monotonic() - shown > _PROGRESS_SECONDS:
@@ -173,7 +183,7 @@ def sync_index(
             )
             catalog.commit()
         else:
-            _finish(catalog, model, prune=prune)
+            _finish(catalog, model, prune=prune, max_memory=max_memory, note=note)
         summary = SyncSummary(
             index=index_path.name,
             model=catalog.meta("model"),
@@ -356,17 +366,30 @@ def _check_disk(index_path: Path, n_images: int, dim: int) -> None:
 
 
 def _progress_of(embedding: Embedding, total: int) -> SyncProgress:
-    return SyncProgress("embed", embedding.n_done, total, embedding.outcomes["failed"], embedding.images_per_second)
+    return SyncProgress(
+        "embed",
+        done=embedding.n_done,
+        total=total,
+        failed=embedding.outcomes["failed"],
+        images_per_second=embedding.images_per_second,
+        mb_per_second=embedding.mb_per_second,
+        limit=embedding.limit,
+    )
 
 
-def _finish(catalog: Catalog, model: ModelFolder, *, prune: bool) -> None:
+def _finish(
+    catalog: Catalog, model: ModelFolder, *, prune: bool, max_memory: int | None, note: Callable[[str], None]
+) -> None:
     """Let `model` answer, from a FAISS file that has all its vectors, from one commit on."""
     wanted = generation.wanted_generation(catalog, model.fingerprint)
     if catalog.fingerprint != model.fingerprint:
         catalog.set_model(fingerprint=model.fingerprint, model=model.name, dim=model.dim)
     n_pruned = catalog.prune() if prune else 0
     if (wanted or n_pruned) and catalog.n_vectors(fingerprint=model.fingerprint):
-        catalog.put_generation(generation.write_generation(catalog, fingerprint=model.fingerprint, dim=model.dim))
+        written = generation.write_generation(
+            catalog, fingerprint=model.fingerprint, dim=model.dim, max_memory=max_memory, note=note
+        )
+        catalog.put_generation(written)
     catalog.commit()
     generation.remove_old_generations(catalog)
     if n_pruned:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinosearch.index.catalog import Catalog
+from dinosearch.index.catalog import Catalog, unit
 from dinosearch.index.exact import nearest
 from dinosearch.index.generation import DamagedGeneration, open_generation
 from dinosearch.index.stored import Stored
@@ -60,6 +60,16 @@ class Vectors:
             best = np.lexsort((near_ids, -near_scores))[:k]
             ids[row, : len(best)], scores[row, : len(best)] = near_ids[best], near_scores[best]
         return Candidates(ids, scores)
+
+    def only(self, ids: np.ndarray) -> Vectors:
+        """Those of some ids int64 [n], rising, that are there: copied into memory and searched exactly."""
+        kept, found = [np.empty(0, np.int64)], []
+        for own, matrix in self.parts():
+            at = np.searchsorted(own, ids)
+            there = own[np.minimum(at, len(own) - 1)] == ids
+            kept.append(ids[there])
+            found.append(matrix[at[there]] if matrix.dtype == np.float32 else unit(matrix[at[there]]))
+        return Vectors(self.fingerprint, None, np.concatenate(kept), np.concatenate(found or [np.empty((0, 0))]))
 
     def parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """All vectors without copying those on disk: ids int64 [n] and vectors [n, dim] of each part.
