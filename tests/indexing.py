@@ -3,14 +3,17 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from dinosearch.images import read, workers
 from dinosearch.images.decode import Fit
 from dinosearch.index.sync import SyncProgress, SyncSummary, sync_index
 from dinosearch.vit.folder import ModelFolder
@@ -114,3 +117,17 @@ def write_images(folder: Path, n: int, *, seed: int = 0) -> list[Path]:
 
 def never(*_: object) -> Callable[[], None]:
     raise AssertionError("this must not be called")
+
+
+def read_in_this_process(monkeypatch: pytest.MonkeyPatch, read_bytes: Callable[..., bytes]) -> None:
+    """In place of the decoding processes, which read local files themselves and cannot be disturbed."""
+
+    @contextmanager
+    def read_here(pool: workers.DecodePool, path: str) -> Iterator[workers.OpenFile]:
+        stable = read.read_stable(path)
+        with pool.take(stable.data) as file:
+            file.mtime_ns = stable.mtime_ns
+            yield file
+
+    monkeypatch.setattr(workers.DecodePool, "read", read_here)
+    monkeypatch.setattr(read, "read_bytes", read_bytes)

@@ -10,6 +10,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from indexing import set_age
 
@@ -25,7 +26,7 @@ def write_archive(path: Path, members: dict[str, bytes], *, age: float = 1000) -
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, data in members.items():
-                archive.writestr(zipfile.ZipInfo(name, (2020, 1, 2, 3, 4, 6)), data, zipfile.ZIP_DEFLATED)
+                archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)
     else:
         with tarfile.open(path, f"w:{path.suffix[1:].replace('tar', '')}") as archive:
             for name, data in members.items():
@@ -274,7 +275,7 @@ def test_an_encrypted_or_broken_member_costs_only_itself(tmp_path):
 
 
 def test_a_member_that_claims_to_be_huge_is_refused_unread(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 10_000)
     source = opened(write_archive(tmp_path / f"some.{kind}", {"a.jpg": b"\0" * 10_001, "b.jpg": b"b"}))
     read = contents(source, scanned(source).images)
     assert read["a.jpg"].startswith("too-large")
@@ -324,3 +325,20 @@ def test_what_stands_beside_an_image_in_a_webdataset_is_its_metadata(tmp_path, k
         "s/005.jpg": {"cls": "dog"},
     }
     assert contents(source, scan.images)["s/001.jpg"] == b"1"
+
+
+def test_archives_with_flipped_bytes_give_members_reasons_or_one_error(tmp_path, kind):
+    whole = write_archive(tmp_path / f"some.{kind}", {f"{i}.jpg": os.urandom(300) for i in range(4)}).read_bytes()
+    random = np.random.default_rng(0)
+    n_errors = n_read = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for at in random.integers(0, len(data), random.integers(1, 6)):
+            data[at] = random.integers(0, 256)
+        (tmp_path / f"some.{kind}").write_bytes(data)
+        source = known_source("archive", str(tmp_path / f"some.{kind}"))
+        try:
+            n_read += sum(isinstance(each, bytes) for each in contents(source, scanned(source).images).values())
+        except DinosearchError:
+            n_errors += 1
+    assert n_errors + n_read > 100

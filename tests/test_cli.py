@@ -328,8 +328,8 @@ def test_info(indexed):
         "faiss",
     ]
     assert (row["index"], row["images"], row["failed"], row["roots"]) == ("catalog", 30, 0, ["catalog"])
-    assert row["faiss"].keys() == {"type", "recall_at_10", "bytes_per_image"}
-    assert row["faiss"]["recall_at_10"] == 1.0
+    assert row["faiss"].keys() >= {"type", "recall_at_10", "bytes_per_image", "exact", "p50_ms", "p95_ms", "parameters"}
+    assert (row["faiss"]["type"], row["faiss"]["exact"], row["faiss"]["recall_at_10"]) == ("Flat", True, 1.0)
     assert "images\t30\n" in dinosearch("info", cwd=indexed).stdout
 
 

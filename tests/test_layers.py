@@ -17,6 +17,7 @@ SEES = {
     "pretrain": {"encoder", "vit", "images", "errors"},
     "query": {"index", "encoder", "vit", "images", "errors"},
     "demo": {"query", "index", "pretrain", "encoder", "vit", "images", "errors"},
+    "api": {"query", "index", "encoder", "vit", "images", "errors"},
     "cli": {"demo", "query", "index", "pretrain", "encoder", "vit", "images", "errors"},
 }
 HEAVY = {"torch", "timm", "torchvision", "faiss", "sklearn", "scipy", "openvino", "safetensors", "filelock"}

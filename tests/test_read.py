@@ -7,6 +7,8 @@ import time
 import pytest
 
 from dinosearch.images import BadImage, in_threads, machine, n_cores, read, read_bytes
+from dinosearch.images.read import trusted_time
+from dinosearch.images.source import UNTRUSTED_TIME
 
 
 def test_the_whole_file_is_read(tmp_path):
@@ -98,3 +100,11 @@ def test_a_container_quota_of_one_and_a_half_cores_is_one_core(monkeypatch):
     monkeypatch.setattr(machine, "_cgroup_files", lambda _controller, name: files.get(name, []))
     assert machine.n_cores.__wrapped__() == 1
     assert machine.memory_bytes.__wrapped__() == 1_000_000
+
+
+def test_a_time_is_not_trusted_within_a_tick_of_the_clock_of_its_file_system():
+    fine, coarse = 1_700_000_000_123_456_789, 1_700_000_000_000_000_000
+    assert trusted_time(fine, now=fine + 10_000_000) == UNTRUSTED_TIME
+    assert trusted_time(fine, now=fine + 30_000_000) == fine
+    assert trusted_time(coarse, now=coarse + 1_000_000_000) == UNTRUSTED_TIME
+    assert trusted_time(coarse, now=coarse + 3_000_000_000) == coarse

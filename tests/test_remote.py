@@ -47,7 +47,7 @@ def website(tmp_path):
                 super().do_GET()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", tmp_path
     server.shutdown()
@@ -170,6 +170,17 @@ def test_what_a_server_refuses_or_never_ends_is_one_image_with_a_reason(website,
     for name, reason in {"gone": "nothing is there", "error": "500", "endless": "too-large"}.items():
         with pytest.raises(BadImage, match=reason):
             read_image(f"{address}/{name}.jpg")
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://", "http://127.0.0.1:99999/a.jpg", "http://no host/a.jpg"])
+def test_an_address_that_is_none_is_one_image_with_a_reason(url, tmp_path):
+    pytest.importorskip("aiohttp")
+    (tmp_path / "list.txt").write_text(url)
+    source = opened(str(tmp_path / "list.txt"))
+    [image] = scanned(source).images
+    with pytest.raises(BadImage, match="unreadable: ") as caught:
+        source.read(image)
+    assert "\n" not in caught.value.reason
 
 
 def test_a_server_out_of_reach_is_an_error_with_its_reason():

@@ -5,12 +5,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from indexing import Workshop, a_model, last, never, set_age, write_image, write_images
+from indexing import Workshop, a_model, last, never, read_in_this_process, set_age, write_image, write_images
 from PIL import Image
 
 from dinosearch.errors import DinosearchError, IndexLocked, IndexNotFound, UsageError
@@ -39,20 +38,6 @@ def forbid_reading(monkeypatch):
     monkeypatch.setattr(read, "read_bytes", never)
     monkeypatch.setattr(workers.DecodePool, "read", never)
     monkeypatch.setattr(workers.DecodePool, "take", never)
-
-
-def read_in_this_process(monkeypatch, read_bytes):
-    """In place of the decoding processes, which read local files themselves and cannot be disturbed."""
-
-    @contextmanager
-    def read_here(pool, path):
-        stable = read.read_stable(path)
-        with pool.take(stable.data) as file:
-            file.mtime_ns = stable.mtime_ns
-            yield file
-
-    monkeypatch.setattr(workers.DecodePool, "read", read_here)
-    monkeypatch.setattr(read, "read_bytes", read_bytes)
 
 
 def indexed(shop):

@@ -60,6 +60,12 @@ def index(
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Take only this of N parts; merge makes one index of them.")
     ] = None,
+    recall: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the 10 nearest that a large index must find, 0.5 to 1; 0.95 without.", min=0.5, max=1
+        ),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow the sources until Ctrl-C, and take in what changes.")
     ] = False,
@@ -110,6 +116,7 @@ def index(
                 verify=verify,
                 prune=prune,
                 max_memory=memory,
+                recall=recall,
                 note=show.note,
             )
         )

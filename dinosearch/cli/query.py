@@ -3,7 +3,7 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from dinosearch.cli.index import DeviceOption, IndexOption, JsonOption, chosen_i
 from dinosearch.errors import ModelMismatch, UsageError
 
 if TYPE_CHECKING:
-    from dinosearch.query.search import Answer
+    from dinosearch.query.search import Answer, Match
     from dinosearch.vit.folder import ModelFolder
 
 
@@ -29,6 +29,10 @@ def query(
         str | None, typer.Option(help="Where the index's own model lies, if not in models/.", show_default=False)
     ] = None,
     device: DeviceOption = "auto",
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CONDITION", help="Only images of which a table says so: 'price<=20', brand=acme."),
+    ] = None,
     paths: Annotated[bool, typer.Option("--paths", "-f", help="Print bare paths, one a line.")] = False,
     null: Annotated[bool, typer.Option("--null", "-0", help="Print bare paths, each ended by a NUL.")] = False,
     as_json: JsonOption = False,
@@ -45,7 +49,7 @@ def query(
     with open_index(index_path, note=show.note) as opened:
         vit = _model_of(opened.fingerprint, index_path, model)
         encoder = open_encoder(vit, device=device, planned_images=len(images), note=show.note)
-        answers = query_images(opened, encoder, [Path(image) for image in images], top=top)
+        answers = query_images(opened, encoder, images, top=top, where=where or [])
         n_failed = 0
         for image, answer in zip(images, answers, strict=True):
             n_failed += answer.error is not None
@@ -56,7 +60,7 @@ def query(
 
 def _print_answer(image: str, answer: "Answer", *, paths: bool, null: bool, as_json: bool, title: bool) -> None:
     if as_json:
-        matches = [asdict(match) | {"path": show.shown(match.path)} for match in answer.matches]
+        matches = [_facts(match) for match in answer.matches]
         show.json_line(
             {"query": image, "error": answer.error} if answer.error else {"query": image, "matches": matches}
         )
@@ -66,8 +70,17 @@ def _print_answer(image: str, answer: "Answer", *, paths: bool, null: bool, as_j
         for match in answer.matches:
             show.raw_path(match.path, end=b"\0" if null else b"\n")
     else:
-        rows = [(match.rank, f"{match.score:.4f}", show.shown(match.path)) for match in answer.matches]
-        show.table(["rank", "score", "path"], rows, wide=["path"], title=image if title else None)
+        rows = [[match.rank, f"{match.score:.4f}", show.shown(match.path)] for match in answer.matches]
+        columns = ["rank", "score", "path"]
+        if any(match.frame for match in answer.matches):
+            columns.append("frame")
+            rows = [[*row, match.frame] for row, match in zip(rows, answer.matches, strict=True)]
+        show.table(columns, rows, wide=["path"], title=image if title else None)
+
+
+def _facts(match: "Match") -> dict[str, Any]:
+    facts = asdict(match) | {"path": show.shown(match.path)}
+    return {name: value for name, value in facts.items() if name not in ("frame", "metadata") or value}
 
 
 def _refuse_words(images: list[str]) -> None:

@@ -42,7 +42,7 @@ def line(text: str) -> None:
     print(text)
 
 
-def raw_path(path: Path, *, end: bytes) -> None:
+def raw_path(path: Path | str, *, end: bytes) -> None:
     """A path as the file system spells it, whatever its encoding."""
     sys.stdout.buffer.write(os.fsencode(shown(path)) + end)
 

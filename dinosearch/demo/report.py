@@ -33,7 +33,7 @@ def write_sheet(report: "DemoReport", path: Path) -> None:
         for j, (match, label) in enumerate(shown.matches):
             colour = RIGHT if label == shown.label else WRONG
             place = (GAP * 3 + (j + 1) * step, top)
-            _cell(sheet, draw, font, match.path, place, colour, f"{match.score:.3f} {label}")
+            _cell(sheet, draw, font, Path(match.path), place, colour, f"{match.score:.3f} {label}")
     sheet.save(path)
 
 
@@ -51,7 +51,7 @@ def write_page(report: "DemoReport", path: Path) -> None:
         f"<section><figure class=query>{_picture(shown.path)}<figcaption>{html.escape(shown.label)}</figcaption>"
         "</figure>"
         + "".join(
-            f"<figure class={'right' if label == shown.label else 'wrong'}>{_picture(match.path)}"
+            f"<figure class={'right' if label == shown.label else 'wrong'}>{_picture(Path(match.path))}"
             f"<figcaption>{match.score:.3f} {html.escape(label)}</figcaption></figure>"
             for match, label in shown.matches
         )

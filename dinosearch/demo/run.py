@@ -260,7 +260,7 @@ class _Demo:
             answers = query_images(index, encoder, queries, top=SHOWN_MATCHES + 1)
             for query, answer in zip(queries, answers, strict=True):
                 others = [match for match in answer.matches if match.path != query][:SHOWN_MATCHES]
-                shown.append(Shown(query, labels[query], [(match, labels[match.path]) for match in others]))
+                shown.append(Shown(query, labels[query], [(match, labels[Path(match.path)]) for match in others]))
         return shown
 
 

@@ -26,7 +26,8 @@ import numpy as np
 from dinosearch.errors import IndexNotFound, IndexUnusable
 from dinosearch.images.source import UNTRUSTED_TIME
 from dinosearch.index import database
-from dinosearch.index.database import explained
+from dinosearch.index.conditions import BUILT_IN, Condition
+from dinosearch.index.database import damaged, explained
 from dinosearch.index.lock import writer_lock
 from dinosearch.index.rows import (
     OK,
@@ -50,6 +51,8 @@ _BLOCK = 4096  # rows fetched at a time: bounds memory whatever the size of the 
 # Files that a search can return: readable ones whose content has a vector of the answering model.
 _LIVE = """files AS f JOIN vectors AS v
     ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ? AND f.status = 'ok'"""
+
+_LIVE_FIELDS = "f.root, f.path, f.member, f.frame, v.id, coalesce(f.metadata, '')"
 
 # Every file with its vector of one model, or NULL, by content: the search trees of both are walked side by side.
 _BY_CONTENT = """files AS f INDEXED BY files_by_content LEFT JOIN vectors AS v
@@ -141,7 +144,15 @@ class Catalog:
 
     def meta(self, key: str) -> str:
         """A fact of the whole index: created, fingerprint, model, dim, content_hash."""
-        return str(self._rows("SELECT value FROM meta WHERE key = ?", (key,))[0][0])
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", (key,))
+        if not rows:
+            raise damaged(self.path, f"it does not say its {key}")
+        return str(rows[0][0])
+
+    def recall(self) -> float | None:
+        """Share of the 10 nearest that searches should find; None where nobody asked for another than the usual."""
+        rows = self._rows("SELECT value FROM meta WHERE key = 'recall'")
+        return float(rows[0][0]) if rows else None
 
     def shard(self) -> str | None:
         """i/n, if the index is one of n parts."""
@@ -156,10 +167,13 @@ class Catalog:
     def roots(self) -> dict[int, Root]:
         """Sources this index follows, by number."""
         rows = self._rows("SELECT id, kind, path, options, stamp FROM roots ORDER BY id")
-        return {
-            number: Root(number, kind, _path_of(location), _options_of(options), stamp)
-            for number, kind, location, options, stamp in rows
-        }
+        try:
+            return {
+                number: Root(number, kind, self._path_of(location), _options_of(options), stamp)
+                for number, kind, location, options, stamp in rows
+            }
+        except (ValueError, TypeError) as error:
+            raise damaged(self.path, str(error)) from error
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -169,6 +183,12 @@ class Catalog:
             yield
         finally:
             self.rollback()
+
+    def check(self) -> None:
+        """Look through the whole catalog. Raises IndexUnusable if any of it is damaged."""
+        [(found,)] = self._rows("PRAGMA integrity_check(1)")
+        if found != "ok":
+            raise damaged(self.path, found)
 
     def data_version(self) -> int:
         """A number that changes when another connection has committed."""
@@ -190,7 +210,7 @@ class Catalog:
         )
         for number, path, member, size, mtime_ns, content_hash, status, tried, metadata, frames in rows:
             yield StoredFile(
-                number, _path_of(path), member, size, mtime_ns, content_hash, status, tried, metadata, frames,
+                number, self._path_of(path), member, size, mtime_ns, content_hash, status, tried, metadata, frames,
                 status == OK and number not in lacking,
             )  # fmt: skip
 
@@ -232,26 +252,34 @@ class Catalog:
             return None
         return [Content(status, reason, width, height) for _, status, reason, width, height, _ in rows]
 
-    def live_files(self, *, vector_ids: Sequence[int] | None = None) -> Iterator[LiveFile]:
-        """What a search can return, by root, path, member and frame; only with one of `vector_ids` where given."""
-        fingerprint, fields = self.fingerprint, "f.root, f.path, f.member, f.frame, v.id"
+    def live_files(
+        self, *, vector_ids: Sequence[int] | None = None, where: Sequence[Condition] = ()
+    ) -> Iterator[LiveFile]:
+        """What a search can return, by root, path, member and frame; only with one of `vector_ids` where given.
+
+        `where` leaves those that fulfil all of some conditions.
+        """
+        fingerprint = self.fingerprint
         if vector_ids is None:
-            query = f"SELECT {fields} FROM {_LIVE} ORDER BY f.root, f.path, f.member, f.frame"
-            yield from (
-                LiveFile(root, _path_of(path), *rest) for root, path, *rest in self._stream(query, (fingerprint,))
-            )
+            columns = self.metadata_columns() if where else {}
+            tests = [_test_of(condition, columns) for condition in where]
+            query = " AND ".join([f"SELECT {_LIVE_FIELDS} FROM {_LIVE}", *(sql for sql, _ in tests)])
+            values = [value for _, each in tests for value in each]
+            rows = self._stream(f"{query} ORDER BY f.root, f.path, f.member, f.frame", (fingerprint, *values))
+            yield from (LiveFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
             return
+        assert not where
         for start in range(0, len(vector_ids), 500):  # SQLite bounds the number of parameters
             some = [int(number) for number in vector_ids[start : start + 500]]
             marks = ",".join("?" * len(some))
             # CROSS JOIN fixes the order: the few vectors first, then the files of each.
             rows = self._stream(
-                f"""SELECT {fields} FROM vectors AS v CROSS JOIN files AS f
+                f"""SELECT {_LIVE_FIELDS} FROM vectors AS v CROSS JOIN files AS f
                 ON v.content_hash = f.content_hash AND v.frame = f.frame
                 WHERE v.id IN ({marks}) AND v.fingerprint = ? AND f.status = 'ok'""",
                 (*some, fingerprint),
             )
-            yield from (LiveFile(root, _path_of(path), *rest) for root, path, *rest in rows)
+            yield from (LiveFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
 
     def n_images(self) -> int:
         """Files that a search can return."""
@@ -282,15 +310,18 @@ class Catalog:
             """SELECT root, path, member, frame, status, reason FROM files WHERE status != 'ok'
             ORDER BY root, path, member, frame"""
         )
-        yield from (FailedFile(root, _path_of(path), *rest) for root, path, *rest in rows)
+        yield from (FailedFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
 
-    def metadata_columns(self) -> list[str]:
-        """Names of what tables say of their images."""
+    def metadata_columns(self) -> dict[str, set[str]]:
+        """Names of what tables say of their images, in order, and the JSON types of their values."""
         rows = self._rows(
-            """SELECT DISTINCT key FROM files, json_each(files.metadata)
+            """SELECT DISTINCT key, type FROM files, json_each(files.metadata)
             WHERE files.metadata NOT NULL AND frame = 0 ORDER BY key"""
         )
-        return [str(key) for (key,) in rows]
+        columns: dict[str, set[str]] = {}
+        for name, kind in rows:
+            columns.setdefault(name, set()).add(kind)
+        return columns
 
     def files_to_copy(self, root: int) -> Iterator[CopiedFile]:
         """Files of a root with all that is known of them and their vectors, by path, member and frame."""
@@ -303,7 +334,7 @@ class Catalog:
         )
         for path, member, frame, size, mtime_ns, hashed, status, reason, w, h, tried, frames, metadata, vector in rows:
             known = (size, mtime_ns, hashed, status, reason, w, h, tried, member, frame, frames, metadata)
-            yield CopiedFile(FileRow(root, _path_of(path), *known), vector)
+            yield CopiedFile(FileRow(root, self._path_of(path), *known), vector)
 
     def n_vectors(self, *, fingerprint: str, after: int = 0) -> int:
         """Vectors of a model with an id above `after`."""
@@ -313,27 +344,31 @@ class Catalog:
 
     def vector_blocks(self, *, fingerprint: str, after: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids int64 [n], rising, and unit vectors float32 [n, dim] of a model, a block at a time."""
+        for ids, halves in self.half_blocks(fingerprint=fingerprint, after=after):
+            yield ids, unit(halves)
+
+    def half_blocks(self, *, fingerprint: str, after: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As `vector_blocks`, with the vectors as they are stored: float16, of which `unit` makes what is given out."""
         # The + keeps SQLite from gathering by fingerprint and sorting for every block.
         query = "SELECT id, vector FROM vectors WHERE +fingerprint = ? AND id > ? ORDER BY id LIMIT ?"
         while rows := self._rows(query, (fingerprint, after, _BLOCK)):
             ids = np.array([number for number, _ in rows], dtype=np.int64)
-            yield ids, _unit([vector for _, vector in rows])
+            yield ids, _halves([vector for _, vector in rows])
             after = int(ids[-1])
 
     def live_vectors(self) -> Iterator[tuple[list[LiveFile], np.ndarray]]:
         """What a search can return and its unit vectors float32 [n, dim], in the order of `live_files`, in blocks."""
         files: list[LiveFile] = []
         blobs: list[bytes] = []
-        query = f"""SELECT f.root, f.path, f.member, f.frame, v.id, v.vector FROM {_LIVE}
-            ORDER BY f.root, f.path, f.member, f.frame"""
-        for root, path, member, frame, number, blob in self._stream(query, (self.fingerprint,)):
-            files.append(LiveFile(root, _path_of(path), member, frame, number))
+        query = f"SELECT {_LIVE_FIELDS}, v.vector FROM {_LIVE} ORDER BY f.root, f.path, f.member, f.frame"
+        for root, path, *rest, blob in self._stream(query, (self.fingerprint,)):
+            files.append(LiveFile(root, self._path_of(path), *rest))
             blobs.append(blob)
             if len(files) == _BLOCK:
-                yield files, _unit(blobs)
+                yield files, unit(_halves(blobs))
                 files, blobs = [], []
         if files:
-            yield files, _unit(blobs)
+            yield files, unit(_halves(blobs))
 
     def generation(self) -> Generation | None:
         """The newest FAISS file of the answering model."""
@@ -449,6 +484,10 @@ class Catalog:
         """Know contents by another hash; the catalog has none yet."""
         self._write("UPDATE meta SET value = ? WHERE key = 'content_hash'", [(algorithm,)])
 
+    def set_recall(self, recall: float) -> None:
+        """Want so many of the 10 nearest found, from the next generation on."""
+        self._write("INSERT OR REPLACE INTO meta VALUES ('recall', ?)", [(str(recall),)])
+
     def set_model(self, *, fingerprint: str, model: str, dim: int) -> None:
         """Let the vectors of another model answer from the next commit on."""
         meta = {"fingerprint": fingerprint, "model": model, "dim": str(dim)}
@@ -543,6 +582,13 @@ class Catalog:
         with self._transaction():
             self._connection.executemany(statement, rows)
 
+    def _path_of(self, stored: str | bytes) -> str:
+        if isinstance(stored, str):
+            return stored
+        if isinstance(stored, bytes):
+            return os.fsdecode(stored)
+        raise damaged(self.path, "a path is no text")
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._lock, explained(self.path):
@@ -551,9 +597,36 @@ class Catalog:
             yield
 
 
+def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str, list[str | float]]:
+    """A condition in SQL, and the values of its parameters."""
+    name, number, text = condition.column, condition.number, condition.value
+    # json_each takes any name; a path of json_extract none with quotes in it.
+    column, own = "(SELECT value FROM json_each(f.metadata) WHERE key = ?)", [name]
+    if name in BUILT_IN and name not in metadata_columns:
+        column, own = ("CAST(f.path AS TEXT)" if name == "path" else f"f.{name}"), []
+    if condition.comparison == "~":
+        return f"instr(lower({column}), lower(?)) > 0", [*own, text]
+    if condition.comparison in ("=", "!="):
+        equal = f"({column} = ? OR {column} = ?)" if number is not None else f"{column} = ?"
+        values: list[str | float] = [*own, text, *own, number] if number is not None else [*own, text]
+        if condition.comparison == "=":
+            return equal, values
+        return f"{column} NOT NULL AND NOT {equal}", [*own, *values]
+    if number is None:
+        return f"{column} {condition.comparison} ? AND typeof({column}) = 'text'", [*own, text, *own]
+    return f"{column} {condition.comparison} ? AND typeof({column}) != 'text'", [*own, number, *own]
+
+
 def is_index(index_path: Path) -> bool:
     """Whether a folder holds a catalog, be it one that was only begun."""
     return (index_path / FILE_NAME).is_file()
+
+
+def unit(halves: np.ndarray) -> np.ndarray:
+    """Stored float16 vectors as float32 [n, dim] of unit length, which rounding had changed by up to 5e-4."""
+    vectors = halves.astype(np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
 def _bring_forward(index_path: Path, note: Callable[[str], None]) -> None:
@@ -580,13 +653,5 @@ def _stored(path: str) -> str | bytes:
     return path
 
 
-def _path_of(stored: str | bytes) -> str:
-    return os.fsdecode(stored) if isinstance(stored, bytes) else stored
-
-
-def _unit(blobs: list[bytes]) -> np.ndarray:
-    """Stored float16 vectors as float32 [n, dim] of unit length, which rounding had changed by up to 5e-4."""
-    halves = np.frombuffer(b"".join(blobs), dtype=np.float16).reshape(len(blobs), -1)
-    vectors = halves.astype(np.float32)
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+def _halves(blobs: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(blobs), dtype=np.float16).reshape(len(blobs), -1)

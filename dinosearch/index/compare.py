@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dinosearch.errors import DinosearchError
-from dinosearch.images.source import FoundImage, Scan, Source
+from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, Scan, Source
 from dinosearch.index.rows import OK, TOO_LARGE, UNREADABLE, FileRow, StoredFile
 
 MAX_GONE = 0.2
@@ -106,7 +106,8 @@ def compare(changes: Changes, view: View, stored: Iterable[StoredFile], keys: De
     Goes through the catalog's rows one by one and keeps none that are as they were: memory holds one list of names.
     """
     found = {(image.path, image.member): image for image in view.scan.images} if view.scan else None
-    hidden = tuple(f"{folder}/" for folder, _ in view.scan.unreadable_folders) if view.scan else ()
+    # A place that could not be looked through at all, such as a tar that is cut short, is the folder "".
+    hidden = tuple(f"{folder}/" if folder else "" for folder, _ in view.scan.unreadable_folders) if view.scan else ()
     gone = changes.gone.setdefault(view.source.location, [])
     wanted: list[Wanted] = []
     n_stored = 0
@@ -139,7 +140,7 @@ def _as_stored(before: StoredFile) -> FoundImage:
 
 
 def _needs_no_reading(before: StoredFile, found: FoundImage, keys: DecoderKeys, *, all_pages: bool) -> bool:
-    if (before.size, before.mtime_ns) != (found.size, found.mtime_ns):
+    if (before.size, before.mtime_ns) != (found.size, found.mtime_ns) or found.mtime_ns == UNTRUSTED_TIME:
         return False
     if before.status != OK:
         return before.decoders == keys.of(before.status)

@@ -9,18 +9,32 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinosearch.images.sources import is_url
 from dinosearch.index.catalog import Catalog
+from dinosearch.index.generation import details_of
+from dinosearch.index.rows import LiveFile
 from dinosearch.index.sources import FollowedSources
 
 
 @dataclass(frozen=True)
 class FaissInfo:
-    """The FAISS file of an index."""
+    """What searches an index; measured when it was written."""
 
     type: str
+    """FAISS's name of it, as its index_factory takes it."""
     recall_at_10: float | None
-    """Share of the 10 nearest found, measured against brute force when the file was written."""
+    """Share of the 10 nearest found, against brute force on held-out vectors."""
     bytes_per_image: float
+    """On disk, with the exact vectors."""
+    exact: bool
+    """Every vector is compared; else the best candidates are."""
+    p50_ms: float | None
+    p95_ms: float | None
+    """Latency of a single query."""
+    parameters: dict[str, int] | None
+    """What the type was tuned to: lists looked into (nprobe), candidates compared exactly (rerank)."""
+    recall_target: float | None
+    """What it was tuned for."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +76,17 @@ class IndexInfo:
 class IndexedFile:
     """A file with a vector."""
 
-    path: Path
-    """Absolute."""
+    path: Path | str
+    """Absolute; a member of an archive is named below it, photos.zip/a.jpg. A str where it is a URL."""
     relative: str
     """Below its root, "/" between parts."""
-    root: Path
+    root: Path | str
+    """Location of its source."""
     member: str = ""
     """Name inside an archive."""
     frame: int = 0
+    row: int = 0
+    """Of its vector, in the array that the files came with."""
 
 
 class Failure(NamedTuple):
@@ -88,8 +105,16 @@ def index_info(index_path: Path) -> IndexInfo:
         fingerprint, generation = catalog.fingerprint, catalog.generation()
         faiss = None
         if generation is not None:
+            details = details_of(generation)
             faiss = FaissInfo(
-                generation.kind, generation.recall_at_10, round(generation.size / max(1, generation.n), 1)
+                type=generation.kind,
+                recall_at_10=generation.recall_at_10,
+                bytes_per_image=details.bytes_per_image or round(generation.size / max(1, generation.n), 1),
+                exact=details.exact,
+                p50_ms=details.p50_ms,
+                p95_ms=details.p95_ms,
+                parameters=details.parameters,
+                recall_target=details.target,
             )
         roots = catalog.roots().values()
         return IndexInfo(
@@ -101,7 +126,7 @@ def index_info(index_path: Path) -> IndexInfo:
             fingerprint=fingerprint,
             roots=[root.location for root in roots],
             sources=[SourceInfo(root.kind, root.location, **asdict(root.options)) for root in roots],
-            metadata=catalog.metadata_columns(),
+            metadata=list(catalog.metadata_columns()),
             shard=catalog.shard(),
             faiss=faiss,
         )
@@ -124,14 +149,16 @@ def read_vectors(index_path: Path) -> tuple[list[IndexedFile], np.ndarray]:
         for block, vectors in catalog.live_vectors():
             block = block[: len(found) - len(files)]  # a writer may have added some since they were counted
             found[len(files) : len(files) + len(block)] = vectors[: len(block)]
-            files += [
-                IndexedFile(
-                    Path(sources.shown_path(file)),
-                    file.path,
-                    Path(sources.by_root[file.root].location),
-                    file.member,
-                    file.frame,
-                )
-                for file in block
-            ]
+            files += [indexed_file(file, sources, row) for row, file in enumerate(block, len(files))]
     return files, found[: len(files)]
+
+
+def indexed_file(file: LiveFile, sources: FollowedSources, row: int) -> IndexedFile:
+    """A file of the catalog as others see it."""
+    root = as_path(sources.by_root[file.root].location)
+    return IndexedFile(as_path(sources.shown_path(file)), file.path, root, file.member, file.frame, row)
+
+
+def as_path(shown: str) -> Path | str:
+    """A path as such; a URL as it is, of which Path would leave out a slash."""
+    return shown if is_url(shown) else Path(shown)

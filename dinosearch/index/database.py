@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,17 +13,39 @@ from pathlib import Path
 from dinosearch.errors import DinosearchError, IndexUnusable
 
 _BUSY_SECONDS = 30
+_LEAST_FREE = 1 << 20  # bytes; with less, SQLite fails to grow the files beside the database, and says only "I/O error"
 
 
 def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
-    """Open a database that exists; in a read-only folder as immutable, which needs no files beside it."""
-    return sqlite3.connect(
-        _address(path, writable=writable),
-        uri=True,
-        isolation_level=None,
-        check_same_thread=False,
-        timeout=_BUSY_SECONDS,
-    )
+    """Open a database that exists.
+
+    To be read, as immutable where SQLite's files beside it cannot be made: in a read-only folder, or on a full disk if
+    no write-ahead log is left over.
+    """
+    address = path.resolve().as_uri()
+    if writable:
+        return _opened(f"{address}?mode=rw")
+    wal = path.with_name(f"{path.name}-wal")
+    whole = not (wal.exists() and wal.stat().st_size)
+    if whole and not os.access(path.parent, os.W_OK):
+        return _opened(f"{address}?immutable=1")
+    connection = _opened(f"{address}?mode=ro")
+    try:
+        connection.execute("PRAGMA schema_version")
+    except sqlite3.OperationalError:
+        connection.close()
+        if whole and _is_full(path):
+            return _opened(f"{address}?immutable=1")
+        raise
+    return connection
+
+
+def _opened(address: str) -> sqlite3.Connection:
+    return sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
+
+
+def _is_full(path: Path) -> bool:
+    return shutil.disk_usage(path.parent).free < _LEAST_FREE
 
 
 def create(path: Path) -> sqlite3.Connection:
@@ -45,17 +68,16 @@ def explained(path: Path) -> Iterator[None]:
     """Turn what SQLite says into what to do."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise damaged(path, str(error)) from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
-            raise DinosearchError(
-                f"the disk that holds {path.parent} is full; what was saved before still answers. "
-                "Free some space and run the command again."
-            ) from error
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise IndexUnusable(
-                f"the catalog {path} is damaged ({error}). Put a copy back, or delete {path.parent} and index again"
-            ) from error
+            raise full(path) from error
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith("Could not decode"):
+            raise damaged(path, str(error)) from error
+        if code == sqlite3.SQLITE_IOERR and _is_full(path):
+            raise full(path) from error
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
             raise DinosearchError(
                 f"cannot open {path} ({error}). Check that you may read it and, to index, write to its folder"
@@ -65,13 +87,18 @@ def explained(path: Path) -> Iterator[None]:
         raise DinosearchError(f"{path}: {error}. Check its disk, then run the command again.") from error
 
 
-def _address(path: Path, *, writable: bool) -> str:
-    address = path.resolve().as_uri()
-    if writable:
-        return f"{address}?mode=rw"
-    wal = path.with_name(f"{path.name}-wal")
-    frozen = not os.access(path.parent, os.W_OK) and not (wal.exists() and wal.stat().st_size)
-    return f"{address}?immutable=1" if frozen else f"{address}?mode=ro"
+def damaged(path: Path, reason: str) -> IndexUnusable:
+    reason = " ".join(reason.split())
+    return IndexUnusable(
+        f"the catalog {path} is damaged ({reason}). Put a copy back, or delete {path.parent} and index again"
+    )
+
+
+def full(path: Path) -> DinosearchError:
+    return DinosearchError(
+        f"the disk that holds {path.parent} is full; what was saved before still answers. "
+        "Free some space and run the command again."
+    )
 
 
 _NETWORK = {

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.source import FoundImage, Source
-from dinosearch.index import vectors
 from dinosearch.index.catalog import Catalog
+from dinosearch.index.generation import remove_old_generations, write_generation
 from dinosearch.index.lock import writer_lock
 from dinosearch.index.rows import StoredFile
 from dinosearch.index.sources import FollowedSources
@@ -56,7 +56,7 @@ def forget(index_path: Path, paths: Sequence[str], *, note: Callable[[str], None
             excluded += _keep_out(catalog, root, sources[root], files, targets)
         _write_vectors_anew(catalog)
         catalog.commit()
-        vectors.remove_old_generations(catalog)
+        remove_old_generations(catalog)
         if not catalog.finish_erasure():
             note("another program reads the index: the next run of index or forget removes the last traces on the disk")
         return Forgotten(index_path.name, len(ids), n_vectors, excluded, catalog.n_images())
@@ -121,7 +121,7 @@ def _write_vectors_anew(catalog: Catalog) -> None:
     if before is None:
         return
     if catalog.n_vectors(fingerprint=fingerprint):
-        generation = vectors.write_generation(catalog, fingerprint=fingerprint, dim=int(catalog.meta("dim")))
+        generation = write_generation(catalog, fingerprint=fingerprint, dim=int(catalog.meta("dim")))
         catalog.put_generation(generation)
         catalog.forget_generations(but=generation.number)
     else:

@@ -52,7 +52,8 @@ def index_for(sources: Sequence[Source], *, name: str | None, indexes: Path, sha
     """Where to index sources: under `name`; else in the index that follows them; else under the first one's name.
 
     A name that another source's index has gets a number: name-2; one of a shard says which part it is.
-    Raises UsageError for a name that is no file name.
+    Raises UsageError for a name that is no file name, and IndexUnusable where the index of that name cannot be opened:
+    it may be the one that is meant.
     """
     if name is not None:
         return indexes / checked_name(name)
@@ -94,5 +95,3 @@ def _begun(path: Path) -> bool:
             return not catalog.roots()
     except IndexNotFound:
         return True
-    except IndexUnusable:
-        return False

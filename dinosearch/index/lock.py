@@ -9,7 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,17 +30,17 @@ def writer_lock(index_path: Path) -> Iterator[None]:
     }
     try:
         lock.acquire(timeout=0)
-        holder_path.write_text(json.dumps(holder), encoding="utf-8")
     except Timeout:
         raise IndexLocked(
             f"the index in {index_path} is being written by {_holder(holder_path)}. Wait until that ends, or stop it"
         ) from None
     except OSError as error:
-        lock.release()
         raise DinosearchError(
             f"cannot write to {index_path} ({error.strerror}). Make it writable, or index under another --name"
         ) from error
     try:
+        with suppress(OSError):  # on a full disk the lock holds without a name
+            holder_path.write_text(json.dumps(holder), encoding="utf-8")
         yield
     finally:
         holder_path.unlink(missing_ok=True)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from dinosearch.errors import DinosearchError, IndexLocked, IndexUnusable, UsageError
-from dinosearch.index import vectors
 from dinosearch.index.catalog import Catalog
+from dinosearch.index.generation import write_generation
 from dinosearch.index.lock import writer_lock
 from dinosearch.index.rows import CopiedFile, Root
 from dinosearch.index.survey import Shard, refuse_overlap
@@ -78,6 +78,8 @@ def merge_indexes(index_paths: Sequence[Path], *, into: Path) -> Generator[Merge
             aside, fingerprint=first.fingerprint, model=first.meta("model"), dim=int(first.meta("dim"))
         ) as merged:
             merged.set_content_hash(first.meta("content_hash"))
+            if (recall := first.recall()) is not None:
+                merged.set_recall(recall)
             done = 0
             for root, parts in _roots(catalogs).items():
                 number = merged.add_root(parts[0][1].kind, root)
@@ -94,7 +96,7 @@ def merge_indexes(index_paths: Sequence[Path], *, into: Path) -> Generator[Merge
             n_vectors = merged.n_vectors(fingerprint=merged.fingerprint)
             if n_vectors:
                 merged.put_generation(
-                    vectors.write_generation(merged, fingerprint=merged.fingerprint, dim=int(merged.meta("dim")))
+                    write_generation(merged, fingerprint=merged.fingerprint, dim=int(merged.meta("dim")))
                 )
                 merged.commit()
             summary = MergeSummary(

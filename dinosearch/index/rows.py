@@ -87,6 +87,8 @@ class LiveFile(NamedTuple):
     member: str
     frame: int
     vector_id: int
+    metadata: str
+    """What a table says of it: a JSON object, or empty."""
 
 
 class CopiedFile(NamedTuple):

@@ -93,6 +93,11 @@ def check_format(connection: sqlite3.Connection, index_path: Path) -> int:
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if application == 0 and version == 0 and not connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
+        if any(index_path.glob("vectors-*")):
+            raise IndexUnusable(
+                f"the catalog in {index_path} is damaged (it is empty, and was not). "
+                f"Put a copy back, or delete {index_path} and index again"
+            )
         raise IndexNotFound(
             f"the index in {index_path} is not made yet. Run: dinosearch index IMAGES --name {index_path.name}"
         )

@@ -7,6 +7,7 @@ from typing import Protocol
 from dinosearch.images.source import FoundImage, Source
 from dinosearch.images.sources import known_source
 from dinosearch.index.catalog import Catalog
+from dinosearch.index.database import damaged
 
 
 class _Stored(Protocol):
@@ -22,10 +23,13 @@ class FollowedSources:
     """The sources of a catalog as of now, by the number of their root."""
 
     def __init__(self, catalog: Catalog) -> None:
+        self._catalog_path = catalog.path
         self.by_root: dict[int, Source] = {
             root.id: known_source(root.kind, root.location) for root in catalog.roots().values()
         }
 
     def shown_path(self, file: _Stored) -> str:
         """Absolute path or URL of a file for people and programs."""
+        if file.root not in self.by_root:
+            raise damaged(self._catalog_path, "a file is in no source")
         return self.by_root[file.root].shown_path(FoundImage(file.path, 0, 0, file.member))

@@ -24,7 +24,7 @@ from dinosearch.images.machine import n_cores
 from dinosearch.images.read import in_threads
 from dinosearch.images.source import FoundImage, Source
 from dinosearch.images.sources import known_source
-from dinosearch.index import vectors
+from dinosearch.index import generation
 from dinosearch.index.catalog import Catalog, is_index
 from dinosearch.index.compare import Changes, DecoderKeys, View, Wanted, compare, match_moves, refuse_mass_deletion
 from dinosearch.index.embed import Embedding
@@ -95,6 +95,7 @@ def sync_index(
     prune: bool = False,
     workers: int | None = None,
     max_memory: int | None = None,
+    recall: float | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Generator[SyncProgress, None, None]:
     """Make or update the index in `index_path` from sources, or folders; those it has besides stay as they are.
@@ -104,7 +105,8 @@ def sync_index(
     the number of files that are to be read.
     `options` are remembered with each source. `shard` takes only that part of the images, and is the index's for
     good. `allow_deletions` accepts that more than 20 % of a source's files are gone; `verify` reads unchanged files
-    too; `prune` forgets vectors that no file needs. Close the generator (`contextlib.closing`) when leaving it early:
+    too; `prune` forgets vectors that no file needs. `recall`, remembered by the index, is the share of the 10 nearest
+    that a large index must find. Close the generator (`contextlib.closing`) when leaving it early:
     that saves what was embedded.
     Raises DinosearchError when a source is missing, empty, half gone or inside another one, and IndexLocked.
     """
@@ -120,7 +122,11 @@ def sync_index(
         surveys = [survey(source, None, options, shard=shard, note=note) for source in asked.values()]
     _make_folder(index_path)
     with writer_lock(index_path), _open_or_create(index_path, model, shard, note) as catalog:
+        if verify:
+            catalog.check()
         catalog.finish_erasure()
+        if recall is not None:
+            catalog.set_recall(recall)
         shard = _own_shard(catalog, shard, note)
         roots = {root.location: root for root in catalog.roots().values()}
         switching = catalog.fingerprint != model.fingerprint
@@ -177,7 +183,7 @@ def sync_index(
             )
             catalog.commit()
         else:
-            _finish(catalog, model, prune=prune)
+            _finish(catalog, model, prune=prune, max_memory=max_memory, note=note)
         summary = SyncSummary(
             index=index_path.name,
             model=catalog.meta("model"),
@@ -371,15 +377,20 @@ def _progress_of(embedding: Embedding, total: int) -> SyncProgress:
     )
 
 
-def _finish(catalog: Catalog, model: ModelFolder, *, prune: bool) -> None:
+def _finish(
+    catalog: Catalog, model: ModelFolder, *, prune: bool, max_memory: int | None, note: Callable[[str], None]
+) -> None:
     """Let `model` answer, from a FAISS file that has all its vectors, from one commit on."""
-    wanted = vectors.wanted_generation(catalog, model.fingerprint)
+    wanted = generation.wanted_generation(catalog, model.fingerprint)
     if catalog.fingerprint != model.fingerprint:
         catalog.set_model(fingerprint=model.fingerprint, model=model.name, dim=model.dim)
     n_pruned = catalog.prune() if prune else 0
     if (wanted or n_pruned) and catalog.n_vectors(fingerprint=model.fingerprint):
-        catalog.put_generation(vectors.write_generation(catalog, fingerprint=model.fingerprint, dim=model.dim))
+        written = generation.write_generation(
+            catalog, fingerprint=model.fingerprint, dim=model.dim, max_memory=max_memory, note=note
+        )
+        catalog.put_generation(written)
     catalog.commit()
-    vectors.remove_old_generations(catalog)
+    generation.remove_old_generations(catalog)
     if n_pruned:
         catalog.compact()

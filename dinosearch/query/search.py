@@ -5,22 +5,28 @@ Matches are files: equal files are each listed, with the same score; ties are or
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from dinosearch.errors import IndexUnusable, ModelMismatch
 from dinosearch.images.decode import BadImage, decode
-from dinosearch.images.read import in_threads, read_bytes
+from dinosearch.images.read import in_threads
+from dinosearch.images.sources import read_image
 from dinosearch.index.catalog import Catalog
+from dinosearch.index.conditions import Condition, check_columns
+from dinosearch.index.contents import IndexedFile, as_path, indexed_file
+from dinosearch.index.rows import LiveFile
 from dinosearch.index.sources import FollowedSources
-from dinosearch.index.vectors import Candidates, open_vectors
+from dinosearch.index.vectors import Candidates, Vectors, open_vectors
 
 if TYPE_CHECKING:
     from dinosearch.encoder import Encoder
@@ -29,18 +35,26 @@ _SPARE = 24  # candidates beyond `top`: some may be deleted files' or equal at t
 _GROWTH = 8  # if they did not suffice
 _TIE = 1e-6  # scores nearer than float32 products can tell apart
 _BATCH = 256  # query images at a time
+_FEW = 50_000  # vectors that fulfil conditions: so many are compared one by one, of more the nearest are looked through
+
+_Files: TypeAlias = dict[int, list[tuple[str, LiveFile]]]
+"""Path and file of each image, by the number of its vector."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """An indexed file that looks like the query."""
+    """An indexed file, or a frame of one, that looks like the query."""
 
     rank: int
     """From 1."""
-    path: Path
-    """Absolute."""
+    path: Path | str
+    """Absolute; a member of an archive is named below it, photos.zip/a.jpg. A str where it is a URL."""
     score: float
     """Cosine similarity, to six decimals."""
+    frame: int = 0
+    """Page or frame, from 0."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What a table says of it."""
 
 
 @dataclass(frozen=True)
@@ -73,36 +87,75 @@ class OpenIndex:
     def close(self) -> None:
         self._catalog.close()
 
-    def search(self, vectors: np.ndarray, *, top: int = 10) -> list[list[Match]]:
+    @property
+    def dim(self) -> int:
+        return int(self._catalog.meta("dim"))
+
+    def search(self, vectors: np.ndarray, *, top: int = 10, where: Sequence[str] = ()) -> list[list[Match]]:
         """The `top` files of highest cosine similarity for each unit vector float32 [n, dim], best first.
 
-        Fewer where the index has fewer. Raises IndexUnusable if another model answers since the index was opened.
+        where: conditions that all must be fulfilled, see `dinosearch.index.conditions`. Fewer matches where fewer
+        files fulfil them or the index has fewer. Raises IndexUnusable if another model answers since the index was
+        opened, UsageError for a condition that makes no sense.
         """
         self._refresh()
+        among, known = self._narrowed(where) if where else (self._vectors, None)
         answers: list[list[Match]] = [[] for _ in vectors]
         pending = np.arange(len(vectors)) if top > 0 else np.empty(0, dtype=np.int64)
-        k = min(top + _SPARE, len(self._vectors))
+        k = min(top + _SPARE, len(among))
         while len(pending) and k:
-            candidates = self._vectors.search(vectors[pending], k)
-            paths = self._paths_of(candidates)
+            candidates = among.search(vectors[pending], k)
+            files = self._files_of(candidates) if known is None else known
             open_ends = []
             for row, query in enumerate(pending):
                 ids, scores = candidates.ids[row], candidates.scores[row]
                 found = sorted(
-                    (-round(float(score), 6), os.fsencode(path), path)
-                    for number, score in zip(ids, scores, strict=True)
-                    for path in paths.get(int(number), ())
+                    {
+                        (-round(float(score), 6), os.fsencode(path), file.frame): (path, file)
+                        for number, score in zip(ids, scores, strict=True)
+                        for path, file in files.get(int(number), ())
+                    }.items(),  # a dict, because one path may be reached through two sources
+                    key=itemgetter(0),
                 )[:top]
-                answers[query] = [Match(rank, path, -score) for rank, (score, _, path) in enumerate(found, start=1)]
+                answers[query] = [
+                    _match(rank, path, -key[0], file) for rank, (key, (path, file)) in enumerate(found, start=1)
+                ]
                 # What was not fetched scores no more than the last candidate; it must not tie with the last match.
-                complete = len(found) == top and -found[-1][0] > scores[-1] + _TIE
+                complete = len(found) == top and -found[-1][0][0] > scores[-1] + _TIE
                 if not complete:
                     open_ends.append(query)
-            if k == len(self._vectors):
+            if k == len(among):
                 break
             pending = np.array(open_ends, dtype=np.int64)
-            k = min(k * _GROWTH, len(self._vectors))
+            k = min(k * _GROWTH, len(among))
         return answers
+
+    def matrix(self) -> np.ndarray:
+        """All vectors [n, dim], mapped from the index's files where nothing newer has to be put behind them."""
+        self._refresh()
+        parts = [vectors for _, vectors in self._vectors.parts()]
+        if not parts:
+            return np.empty((0, self.dim), np.float32)
+        matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        matrix.flags.writeable = False
+        return matrix
+
+    def files(self) -> list[IndexedFile]:
+        """What can be searched, by source, path, member and frame, each with its row in `matrix()`."""
+        self._refresh()
+        sources = FollowedSources(self._catalog)
+        numbers = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in self._vectors.parts())])
+        live = list(self._catalog.live_files())
+        rows = np.searchsorted(numbers, [file.vector_id for file in live]).tolist()
+        return [indexed_file(file, sources, row) for file, row in zip(live, rows, strict=True)]
+
+    def _narrowed(self, where: Sequence[str]) -> tuple[Vectors, _Files]:
+        """What to search in, and the files that may answer, by vector."""
+        conditions = [Condition.parse(text) for text in where]
+        check_columns(conditions, list(self._catalog.metadata_columns()))
+        files = self._by_vector(self._catalog.live_files(where=conditions))
+        few = len(files) <= _FEW
+        return (self._vectors.only(np.array(sorted(files), dtype=np.int64)) if few else self._vectors), files
 
     def _refresh(self) -> None:
         version = self._catalog.data_version()
@@ -113,12 +166,20 @@ class OpenIndex:
             raise IndexUnusable(f"another model answers from {self._path} now. Open the index again")
         self._vectors, self._version = vectors, version
 
-    def _paths_of(self, candidates: Candidates) -> dict[int, list[Path]]:
+    def _files_of(self, candidates: Candidates) -> _Files:
+        return self._by_vector(self._catalog.live_files(vector_ids=np.unique(candidates.ids).tolist()))
+
+    def _by_vector(self, live: Iterable[LiveFile]) -> _Files:
         sources = FollowedSources(self._catalog)
-        paths: defaultdict[int, list[Path]] = defaultdict(list)
-        for file in self._catalog.live_files(vector_ids=np.unique(candidates.ids).tolist()):
-            paths[file.vector_id].append(Path(sources.shown_path(file)))
-        return paths
+        files: _Files = defaultdict(list)
+        for file in live:
+            files[file.vector_id].append((sources.shown_path(file), file))
+        return files
+
+
+def _match(rank: int, path: str, score: float, file: LiveFile) -> Match:
+    metadata = json.loads(file.metadata) if file.metadata else {}
+    return Match(rank, as_path(path), score, file.frame, metadata)
 
 
 def open_index(index_path: Path, *, note: Callable[[str], None] = lambda _: None) -> OpenIndex:
@@ -126,7 +187,9 @@ def open_index(index_path: Path, *, note: Callable[[str], None] = lambda _: None
     return OpenIndex(index_path, note=note)
 
 
-def query_images(index: OpenIndex, encoder: Encoder, paths: Iterable[Path], *, top: int = 10) -> Iterator[Answer]:
+def query_images(
+    index: OpenIndex, encoder: Encoder, paths: Iterable[str | Path], *, top: int = 10, where: Sequence[str] = ()
+) -> Iterator[Answer]:
     """One answer for each image file, in order; a file that cannot be read has `error` instead of matches.
 
     Raises ModelMismatch if the encoder's model is not the index's.
@@ -137,21 +200,27 @@ def query_images(index: OpenIndex, encoder: Encoder, paths: Iterable[Path], *, t
             "Query without --model, or index again with that model"
         )
 
-    def read(path: Path) -> np.ndarray | BadImage:
+    remaining = iter(paths)
+    while batch := list(islice(remaining, _BATCH)):
+        vectors, bad = image_vectors(encoder, [os.fspath(path) for path in batch])
+        readable = [number for number in range(len(batch)) if number not in bad]
+        matches = dict(zip(readable, index.search(vectors[readable], top=top, where=where), strict=True))
+        for number, path in enumerate(batch):
+            yield Answer(os.fspath(path), matches.get(number, []), bad.get(number))
+
+
+def image_vectors(encoder: Encoder, paths: Sequence[str]) -> tuple[np.ndarray, dict[int, str]]:
+    """Unit vectors float32 [n, dim] of files, URLs and members of archives, and by number why some have none."""
+
+    def read(path: str) -> np.ndarray | BadImage:
         try:
-            return decode(read_bytes(path), encoder.fit).pixels
+            return decode(read_image(path).data, encoder.fit).pixels
         except BadImage as bad:
             return bad
 
-    remaining = iter(paths)
-    while batch := list(islice(remaining, _BATCH)):
-        pictures = list(in_threads(read, batch))
-        readable = [picture for picture in pictures if not isinstance(picture, BadImage)]
-        size = encoder.fit.image_size
-        vectors = encoder.encode(np.stack(readable) if readable else np.empty((0, size, size, 3), dtype=np.uint8))
-        matches = iter(index.search(vectors, top=top))
-        for path, picture in zip(batch, pictures, strict=True):
-            if isinstance(picture, BadImage):
-                yield Answer(str(path), [], picture.reason)
-            else:
-                yield Answer(str(path), next(matches))
+    pictures = list(in_threads(read, paths))
+    readable = {number: picture for number, picture in enumerate(pictures) if not isinstance(picture, BadImage)}
+    vectors = np.zeros((len(paths), encoder.dim), np.float32)
+    if readable:
+        vectors[list(readable)] = encoder.encode(np.stack(list(readable.values())))
+    return vectors, {n: picture.reason for n, picture in enumerate(pictures) if isinstance(picture, BadImage)}

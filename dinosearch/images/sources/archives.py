@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BadImage
 from dinosearch.images.names import is_image_name, passed_over_test
-from dinosearch.images.read import MAX_FILE_BYTES, trusted_time
+from dinosearch.images.read import trusted_time
 from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, ScanOptions
+
+MAX_MEMBER_BYTES = 256 * 2**20
+"""A larger member is not unpacked into memory."""
 
 
 class Archive:
@@ -71,8 +74,8 @@ def member_name(name: str) -> str:
 
 
 def refuse_large(size: int) -> None:
-    if size > MAX_FILE_BYTES:
-        raise BadImage("too-large", f"{size / 2**30:.1f} GiB; at most {MAX_FILE_BYTES >> 30} GiB are read")
+    if size > MAX_MEMBER_BYTES:
+        raise BadImage("too-large", f"{size >> 20} MiB; at most {MAX_MEMBER_BYTES >> 20} MiB are unpacked")
 
 
 def missing(location: str, error: OSError) -> DinosearchError:

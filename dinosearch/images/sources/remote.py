@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BadImage
@@ -94,9 +93,10 @@ def find_urls(metadata: Mapping[str, str]) -> list[FoundImage]:
 
     def look(url: str) -> FoundImage:
         facts = {}
-        if urlsplit(url).scheme in PROTOCOLS:
+        if _protocol(url) in PROTOCOLS:
+            files = open_files(url)
             with contextlib.suppress(*remote_errors()):
-                facts = open_files(url).info(url)
+                facts = files.info(url)
         return _found(url, facts, metadata[url])
 
     return list(in_threads(look, metadata, workers=_REQUESTS))
@@ -109,8 +109,8 @@ def read_url(image: FoundImage) -> StableBytes:
 
 def fetch(url: str) -> bytes:
     """What is at a URL, up to MAX_REMOTE_BYTES. Raises BadImage, and DinosearchError where the extra is missing."""
-    if urlsplit(url).scheme not in PROTOCOLS:
-        raise BadImage("unreadable", f"{urlsplit(url).scheme}:// is not among {', '.join(PROTOCOLS[:4])}")
+    if _protocol(url) not in PROTOCOLS:
+        raise BadImage("unreadable", f"{_protocol(url)}:// is not among {', '.join(PROTOCOLS[:4])}")
     files = open_files(url)
     # Web servers may send more than they announce, so theirs is read as a stream: of no known size, in no blocks.
     options = {"block_size": 0, "size": 1} if url.startswith("http") else {}
@@ -128,7 +128,7 @@ def fetch(url: str) -> bytes:
 
 def open_files(url: str) -> Any:
     """fsspec's file system for a URL. Raises DinosearchError for other protocols and without the extra."""
-    protocol = urlsplit(url).scheme
+    protocol = _protocol(url)
     if protocol not in PROTOCOLS:
         raise DinosearchError(f"{url} is neither s3://, gs://, http:// nor https://. Copy its images to a folder first")
     try:
@@ -152,6 +152,10 @@ def remote_errors() -> tuple[type[BaseException], ...]:
     return (OSError, TimeoutError, ValueError, *loaded)
 
 
+def _protocol(url: str) -> str:
+    return url.partition("://")[0].lower()
+
+
 def _listing(files: Any, location: str) -> tuple[list[FoundImage], list[tuple[str, str]]]:
     """What is there, "" being the location itself, and folders that gave no listing, with the reason."""
     if location.startswith("http"):
@@ -163,7 +167,7 @@ def _listing(files: Any, location: str) -> tuple[list[FoundImage], list[tuple[st
     found = files.find(root, detail=True)
     if not found:
         raise FileNotFoundError(root)
-    return [_found(name[len(root) :].lstrip("/"), facts) for name, facts in found.items()], []
+    return [_found(name[len(root) + 1 :], facts) for name, facts in found.items()], []
 
 
 def _web_listing(files: Any, root: str) -> tuple[list[FoundImage], list[tuple[str, str]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import calendar
 import stat
 import threading
 import zipfile
@@ -23,7 +22,7 @@ from dinosearch.images.sources.archives import (
 
 
 class ZipSource(Archive):
-    """A member's time is the one in the zip, with its checksum as nanoseconds: no change of content goes unnoticed.
+    """A member's checksum stands in place of its time, which zips know to two seconds, and which may be any.
 
     The file is opened once. Its directory stands at its end: one that was cut off cannot be read at all.
     """
@@ -39,7 +38,7 @@ class ZipSource(Archive):
         with self._lock:
             self._opened = None  # it may be another one now
         _, _, members = self._open()
-        images = [FoundImage("", info.file_size, _time(info), name) for name, info in members.items()]
+        images = [FoundImage("", info.file_size, info.CRC, name) for name, info in members.items()]
         return Scan(wanted_members(images, options))
 
     def read(self, image: FoundImage) -> StableBytes:
@@ -89,7 +88,3 @@ class ZipSource(Archive):
 def _is_file(info: zipfile.ZipInfo) -> bool:
     kind = stat.S_IFMT(info.external_attr >> 16)  # 0 from systems without such a thing
     return not info.is_dir() and kind in (0, stat.S_IFREG)
-
-
-def _time(info: zipfile.ZipInfo) -> int:
-    return calendar.timegm((*info.date_time, 0, 0, 0)) * 10**9 + info.CRC % 10**9

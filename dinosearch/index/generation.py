@@ -1,0 +1,381 @@
+"""A generation: the vectors of an index as files that are searched memory-mapped. Written, verified, opened, removed.
+
+Knows nothing of folders of images. Whatever happens to a generation, the catalog can make it again. Its files:
+
+- `vectors-N.faiss`, always; plain FAISS opens and searches it, under the ids of the catalog. Exact: the unit vectors
+  in float32 (`IndexIDMap2(IndexFlatIP)`). Tuned: short codes in inverted lists.
+- `vectors-N.f16`, of a tuned one: the vectors as the catalog stores them, float16 [n, dim] and nothing else.
+- `vectors-N.ids`, beside it: the id of each, int64 [n], rising.
+
+Each is written aside, flushed, renamed, and only then named in the catalog, with size and checksum. FAISS reads a file
+only after its checksum matched, and may not ask for more than the file has. FAISS maps the vectors of a flat index, but
+not the block lists of fast-scan codes: a tuned type costs a reader n × (m / 2 + 8) bytes of its own, its exact vectors
+none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinosearch.errors import DinosearchError
+from dinosearch.index.catalog import Catalog, Generation, unit
+from dinosearch.index.exact import BLOCK, unit_blocks
+from dinosearch.index.faiss_type import (
+    EXACT_BELOW,
+    RECALL,
+    Measured,
+    build,
+    candidate_types,
+    held_out_queries,
+    measure,
+    true_tenth,
+    tune,
+)
+from dinosearch.index.stored import ExactStored, Stored, TunedStored
+
+ALWAYS_HASHED = 32 << 20
+"""Bytes. Smaller files are hashed at each opening (0.04 s); larger ones when inode or times are not the writer's."""
+
+SMALL = 20_000
+"""Vectors: writing so few anew takes 0.1 s, so a small index has all its vectors in its generation."""
+NEW_SHARE = 0.02
+"""Of the generation: reading more newer rows than this makes a cold query wait."""
+
+_EXACT_QUERIES = 100  # for the latency of exact search, whose recall is no question
+_LEAST_LOOPS = 1024
+_TUNINGS = 3  # of a type, before it is given up
+
+
+class DamagedGeneration(Exception):
+    """A file is missing or is not what was written."""
+
+
+@dataclass(frozen=True)
+class Seal:
+    """A file as it was written."""
+
+    file: str
+    size: int
+    checksum: str
+    stamp: str
+    """Inode and times when the checksum was taken: while they are the same, so are the bytes."""
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the catalog keeps of a generation beside its row, as JSON."""
+
+    exact: bool = True
+    parameters: dict[str, int] | None = None
+    """`nprobe` and `rerank` of a tuned type."""
+    target: float | None = None
+    """Recall asked for."""
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    """Of single queries, measured when the generation was written."""
+    bytes_per_image: float | None = None
+    """On disk, all files."""
+    beside: tuple[Seal, ...] = ()
+    """The files beside the FAISS file."""
+
+
+def details_of(generation: Generation) -> Details:
+    """Generations of before there were details are exact."""
+    if generation.details is None:
+        return Details()
+    facts = json.loads(generation.details)
+    return Details(**facts | {"beside": tuple(Seal(**seal) for seal in facts["beside"])})
+
+
+def wanted_generation(catalog: Catalog, fingerprint: str) -> str | None:
+    """Why a new generation should be written for a model, None when the present one does."""
+    if fingerprint != catalog.fingerprint:
+        return "another model"
+    generation = catalog.generation()
+    if generation is None:
+        return "none yet"
+    try:
+        check_files(catalog.path.parent, generation)
+    except DamagedGeneration as error:
+        return str(error)
+    details = details_of(generation)
+    if details.target is not None and details.target != (catalog.recall() or RECALL):
+        return "another recall"
+    n, n_newer = (
+        catalog.n_vectors(fingerprint=fingerprint),
+        catalog.n_vectors(fingerprint=fingerprint, after=generation.max_id),
+    )
+    n_pruned = generation.n + n_newer - n
+    changed = max(n_newer, n_pruned)
+    if changed > (0 if n <= SMALL else NEW_SHARE * n):
+        return f"{n_newer} newer vectors, {n_pruned} pruned"
+    return None
+
+
+def write_generation(
+    catalog: Catalog,
+    *,
+    fingerprint: str,
+    dim: int,
+    recall: float | None = None,
+    max_memory: int | None = None,
+    exact_below: int = EXACT_BELOW,
+    note: Callable[[str], None] = lambda _: None,
+) -> Generation:
+    """Write the files of all vectors (at least one) of a model; the caller names them in the catalog.
+
+    recall: share of the 10 nearest that a tuned type must find, the catalog's own without; 1 asks for exact search.
+    max_memory: bytes that a reader may need for itself. Raises DinosearchError when they cannot be written.
+    """
+    import faiss
+
+    number, folder = catalog.next_generation(), catalog.path.parent
+    recall = recall or catalog.recall() or RECALL
+    n = catalog.n_vectors(fingerprint=fingerprint)
+    with _files_aside(folder, number) as aside:
+        tuned = None
+        if n < exact_below or recall >= 1:
+            stored: Stored = _exact(dim, catalog.vector_blocks(fingerprint=fingerprint))
+        else:
+            ids, halves = _write_halves(catalog, fingerprint, dim, aside)
+            tuned = _tuned(ids, halves, recall=recall, max_memory=max_memory, note=note)
+            stored = tuned[0] if tuned else _exact(dim, _numbered(ids, halves))
+        measured = tuned[1] if tuned else _measure(stored)
+        suffixes = [".faiss", ".f16", ".ids"] if isinstance(stored, TunedStored) else [".faiss"]
+        with _written(folder / f"vectors-{number}.faiss"):
+            faiss.write_index(stored.index, str(aside[".faiss"]))
+            seals = [_publish(aside[suffix], folder / f"vectors-{number}{suffix}") for suffix in suffixes]
+            _sync_folder(folder)
+    size = sum(seal.size for seal in seals)
+    details = Details(
+        exact=isinstance(stored, ExactStored),
+        parameters={"nprobe": stored.nprobe, "rerank": stored.rerank} if isinstance(stored, TunedStored) else None,
+        target=recall,
+        p50_ms=measured.p50_ms,
+        p95_ms=measured.p95_ms,
+        bytes_per_image=round(size / len(stored.ids), 1),
+        beside=tuple(seals[1:]),
+    )
+    return Generation(
+        number=number,
+        fingerprint=fingerprint,
+        kind=stored.kind,
+        n=len(stored.ids),
+        max_id=int(stored.ids[-1]),
+        recall_at_10=measured.recall_at_10,
+        details=json.dumps(asdict(details)),
+        **asdict(seals[0]),
+    )
+
+
+def check_files(folder: Path, generation: Generation) -> None:
+    """Raises DamagedGeneration unless every file is, byte for byte, the one that was written."""
+    for seal in _seals(generation):
+        _check_file(folder, seal)
+
+
+def open_generation(folder: Path, generation: Generation, dim: int) -> Stored:
+    """The vectors of a generation, memory-mapped. Raises DamagedGeneration."""
+    check_files(folder, generation)
+    import faiss
+
+    path = folder / generation.file
+    try:
+        with _faiss_limited(generation):
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise DamagedGeneration(f"{path} cannot be read by FAISS ({str(error).splitlines()[0]})") from error
+    details = details_of(generation)
+    if index.ntotal != generation.n or index.d != dim:
+        raise DamagedGeneration(f"{path} holds other vectors than were written")
+    if details.exact and isinstance(index, faiss.IndexIDMap2):
+        return ExactStored(faiss.vector_to_array(index.id_map), index)
+    if details.parameters is None or not isinstance(index, faiss.IndexPreTransform):
+        raise DamagedGeneration(f"{path} holds something else than was written")
+    halves = np.memmap(path.with_suffix(".f16"), np.float16, mode="r", shape=(generation.n, dim))
+    ids = np.memmap(path.with_suffix(".ids"), np.int64, mode="r", shape=(generation.n,))
+    return TunedStored(generation.kind, np.asarray(ids), np.asarray(halves), index, **details.parameters)
+
+
+def remove_old_generations(catalog: Catalog) -> None:
+    """Remove the files of generations that no reader can come upon any more, and what a killed writer left."""
+    kept = {Path(file).stem for file in catalog.generation_files()}
+    for path in catalog.path.parent.glob("vectors-*.*"):
+        if path.stem not in kept or path.suffix not in (".faiss", ".f16", ".ids"):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _files_aside(folder: Path, number: int) -> Iterator[dict[str, Path]]:
+    """Paths to write to, by what they will end in; what is not published is removed."""
+    aside = {suffix: folder / f"vectors-{number}{suffix}.part" for suffix in (".faiss", ".f16", ".ids")}
+    try:
+        yield aside
+    finally:
+        for path in aside.values():
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError) as error:  # FAISS reports a full disk as RuntimeError
+        raise DinosearchError(
+            f"cannot write {path} ({error}). All images are saved and answer; free some space and run index again"
+        ) from error
+
+
+def _exact(dim: int, blocks: Iterator[tuple[np.ndarray, np.ndarray]]) -> ExactStored:
+    import faiss
+
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+    for ids, vectors in blocks:
+        index.add_with_ids(vectors, ids)
+    return ExactStored(faiss.vector_to_array(index.id_map), index)
+
+
+def _write_halves(
+    catalog: Catalog, fingerprint: str, dim: int, aside: dict[str, Path]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int64 [n] and vectors float16 [n, dim] of a model, now in files that are mapped."""
+    with (
+        _written(aside[".f16"]),
+        aside[".f16"].open("wb") as vectors_file,
+        aside[".ids"].open("wb") as ids_file,
+    ):
+        n = 0
+        for ids, halves in catalog.half_blocks(fingerprint=fingerprint):
+            vectors_file.write(halves.tobytes())
+            ids_file.write(ids.tobytes())
+            n += len(ids)
+    halves = np.memmap(aside[".f16"], np.float16, mode="r", shape=(n, dim))
+    return np.asarray(np.memmap(aside[".ids"], np.int64, mode="r", shape=(n,))), np.asarray(halves)
+
+
+def _numbered(ids: np.ndarray, halves: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    start = 0
+    for block in unit_blocks(halves):
+        yield ids[start : start + len(block)], block
+        start += len(block)
+
+
+def _tuned(
+    ids: np.ndarray,
+    halves: np.ndarray,
+    *,
+    recall: float,
+    max_memory: int | None,
+    note: Callable[[str], None],
+) -> tuple[TunedStored, Measured] | None:
+    """The first type that reaches the target on both halves of the held-out vectors; None, and said so, without."""
+    held_out = held_out_queries(len(ids))
+    first = held_out[::2]
+    truth = true_tenth(unit(halves[first]), unit_blocks(halves), len(halves))
+    names = candidate_types(len(ids), halves.shape[1], max_memory=max_memory)
+    for name in names:
+        built = TunedStored(name, ids, halves, build(name, ids, halves, held_out=held_out))
+        asked = recall
+        for _ in range(_TUNINGS):
+            tuned = tune(built, own=first, truth=truth, recall=asked)
+            if tuned is None:
+                break
+            measured = _measure(tuned)
+            if measured.recall_at_10 >= recall:
+                return tuned, measured
+            asked += recall - measured.recall_at_10  # what held for one half did not for the other: ask for more
+        note(f"{name} does not find {recall:.0%} of the 10 nearest of these vectors")
+    note("every query is compared with all vectors" + ("" if names else ": too little memory for anything quicker"))
+    return None
+
+
+def _measure(stored: Stored) -> Measured:
+    """Of a tuned type, on the half of the held-out vectors that it was not tuned on."""
+    n = len(stored.ids)
+    exact = isinstance(stored, ExactStored)
+    own = held_out_queries(n, n_queries=_EXACT_QUERIES) if exact else held_out_queries(n)[1::2]
+    blocks = _blocks(stored.matrix) if exact else unit_blocks(stored.matrix)
+    return measure(stored, own, truth=true_tenth(stored.rows(own), blocks, n))
+
+
+def _blocks(matrix: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(matrix), BLOCK):
+        yield matrix[start : start + BLOCK]
+
+
+def _publish(aside: Path, path: Path) -> Seal:
+    with aside.open("rb+") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+    return Seal(path.name, path.stat().st_size, _checksum(path), _stamp(path))
+
+
+def _seals(generation: Generation) -> list[Seal]:
+    first = Seal(generation.file, generation.size, generation.checksum, generation.stamp)
+    return [first, *details_of(generation).beside]
+
+
+def _check_file(folder: Path, seal: Seal) -> None:
+    path = folder / seal.file
+    try:
+        size, stamp = path.stat().st_size, _stamp(path)
+        if size != seal.size:
+            raise DamagedGeneration(f"{path} has {size} bytes instead of {seal.size}")
+        trusted = stamp == seal.stamp and size > ALWAYS_HASHED
+        if not trusted and _checksum(path) != seal.checksum:
+            raise DamagedGeneration(f"{path} is damaged")
+    except FileNotFoundError:
+        raise DamagedGeneration(f"{path} is missing") from None
+    except OSError as error:
+        raise DamagedGeneration(f"{path} cannot be read ({error.strerror})") from error
+
+
+@contextmanager
+def _faiss_limited(generation: Generation) -> Iterator[None]:
+    """No part of a file can be longer than the file, nor repeat more often than it has vectors.
+
+    FAISS's own limits are a terabyte and none; they hold for the whole process, so others get them back. Of product
+    codes it wants to be allowed a table of 16 numbers for each list and code, though it makes none for fast-scan: up to
+    16 times the lists' centres. Lattices are codes that we never write.
+    """
+    import faiss
+
+    size = generation.size if details_of(generation).exact else 16 * generation.size
+    limits = {"vector_byte": size, "loop": max(generation.n, _LEAST_LOOPS), "lattice_r2": 1}
+    limits = {name: limit for name, limit in limits.items() if hasattr(faiss, f"set_deserialization_{name}_limit")}
+    before = {name: getattr(faiss, f"get_deserialization_{name}_limit")() for name in limits}
+    try:
+        for name, limit in limits.items():
+            getattr(faiss, f"set_deserialization_{name}_limit")(limit)
+        yield
+    finally:
+        for name, limit in before.items():
+            getattr(faiss, f"set_deserialization_{name}_limit")(limit)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _stamp(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_ino}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows has no handle for folders; its rename is written through
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,117 @@
+"""The Python API: small, typed, and the same answers as the commands."""
+
+import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dinosearch
+from dinosearch.errors import IndexNotFound, UsageError
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, tiny_model, jpeg_folder):
+    """A working folder with models/tiny and catalog/."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DINOSEARCH_MODELS", raising=False)
+    monkeypatch.delenv("DINOSEARCH_INDEXES", raising=False)
+    shutil.copytree(tiny_model.path, tmp_path / "models" / "tiny")
+    shutil.copytree(jpeg_folder, tmp_path / "catalog")
+    return tmp_path
+
+
+def test_the_public_surface_is_this_and_no_more():
+    assert sorted(dinosearch.__all__) == [
+        "DinosearchError", "Index", "Match", "__version__", "build_index", "open_index",
+    ]  # fmt: skip
+    public = sorted(name for name in vars(dinosearch.Index) if not name.startswith("_"))
+    assert public == [
+        "close", "embed", "failures", "files", "fingerprint", "info", "name", "search", "search_many", "vectors",
+    ]  # fmt: skip
+    for member in (dinosearch.build_index, dinosearch.open_index, *map(dinosearch.Index.__dict__.get, public)):
+        function = member.fget if isinstance(member, property) else member
+        assert function.__doc__ or function.__name__ in ("close", "name")
+        assert "return" in inspect.get_annotations(function)
+    assert Path(dinosearch.__file__).with_name("py.typed").is_file()
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import dinosearch, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"numpy", "torch", "faiss", "sqlite3", "PIL"} & set(done.stdout.split())
+
+
+def test_build_and_search_find_an_image_first(home):
+    seen = []
+    index = dinosearch.build_index("catalog", progress=lambda step: seen.append(step.stage))
+    assert index.summary.new == index.summary.embedded == len(index) == 24
+    assert {"scan", "embed", "finish"} <= set(seen)
+    matches = index.search("catalog/china/3.jpg", top=5)
+    assert [match.rank for match in matches] == [1, 2, 3, 4, 5]
+    assert matches[0].path == home / "catalog/china/3.jpg"
+    assert matches[0].score == pytest.approx(1, abs=1e-3)
+    scores = [match.score for match in matches]
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.usefixtures("home")
+def test_vectors_and_files_belong_together():
+    with dinosearch.build_index(["catalog"], name="mine") as index:
+        vectors, files = index.vectors(), index.files()
+        assert vectors.shape == (24, 32)
+        assert not vectors.flags.writeable
+        assert not vectors.flags.owndata
+        for file in files[::7]:
+            own = vectors[file.row]
+            assert own @ own == pytest.approx(1, abs=1e-3)
+            assert index.search(own, top=1)[0].path == file.path
+            assert own @ index.embed([file.path])[0] == pytest.approx(1, abs=1e-3)
+        every = index.search_many(vectors, top=24)
+        scores = np.sort(vectors.astype(np.float64) @ vectors.astype(np.float64).T, axis=1)[:, ::-1]
+        assert np.allclose([[match.score for match in answer] for answer in every], scores, atol=2e-6)
+
+
+def test_open_index_takes_a_name_a_folder_or_the_newest(home):
+    dinosearch.build_index("catalog")
+    for index in ("catalog", home / "indexes" / "catalog", None):
+        with dinosearch.open_index(index) as opened:
+            assert (opened.name, len(opened)) == ("catalog", 24)
+    with pytest.raises(IndexNotFound, match="Build one"):
+        dinosearch.open_index("other")
+
+
+def test_files_vectors_and_urls_may_be_asked_in_one_go(home):
+    index = dinosearch.build_index("catalog")
+    one, two = index.files()[0], index.files()[9]
+    mixed = index.search_many([one.path, index.vectors()[two.row]], top=1)
+    assert [answer[0].path for answer in mixed] == [one.path, two.path]
+    (home / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(dinosearch.DinosearchError, match=r"bad.jpg: not an image"):
+        index.search("bad.jpg")
+
+
+@pytest.mark.usefixtures("home")
+def test_a_table_narrows_the_search():
+    rows = [f"{path},{path.parent.name},{number}" for number, path in enumerate(sorted(Path("catalog").rglob("*.jpg")))]
+    Path("products.csv").write_text("path,kind,number\n" + "\n".join(rows))
+    index = dinosearch.build_index("products.csv")
+    matches = index.search("catalog/china/3.jpg", top=24, where=["kind=flower", "number>=18"])
+    assert len(matches) == 6
+    assert all(match.metadata["kind"] == "flower" and match.metadata["number"] >= 18 for match in matches)
+    every = [match for match in index.search("catalog/china/3.jpg", top=24) if match.metadata["kind"] == "flower"]
+    kept = [match for match in every if match.metadata["number"] >= 18]
+    assert [(m.path, m.score) for m in matches] == [(m.path, m.score) for m in kept]
+    with pytest.raises(UsageError, match="no column 'size'"):
+        index.search("catalog/china/3.jpg", where=["size=1"])
+
+
+@pytest.mark.usefixtures("home")
+def test_what_cannot_be_read_is_listed_not_raised():
+    Path("catalog/china/half.jpg").write_bytes(Path("catalog/china/0.jpg").read_bytes()[:900])
+    index = dinosearch.build_index("catalog")
+    assert [(Path(failure.path).name, failure.status) for failure in index.failures()] == [("half.jpg", "truncated")]
+    assert index.info().failed == 1

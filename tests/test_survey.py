@@ -1,0 +1,305 @@
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from indexing import Workshop, a_model, never, read_in_this_process, set_age, write_image, write_images
+from PIL import Image
+
+from dinosearch.errors import DinosearchError, UsageError
+from dinosearch.images import read
+from dinosearch.images.decode import BadImage
+from dinosearch.images.sources import open_sources
+from dinosearch.images.sources.tars import TarSource
+from dinosearch.images.sources.zips import ZipSource
+from dinosearch.index.catalog import Catalog
+from dinosearch.index.contents import failures, index_info, read_vectors
+from dinosearch.index.survey import GivenOptions
+from dinosearch.query.search import open_index
+
+
+@pytest.fixture
+def shop(tmp_path):
+    write_images(tmp_path / "images", 20)
+    return Workshop(tmp_path / "images", tmp_path / "indexes" / "images", a_model(), None, [])
+
+
+def counts(summary):
+    names = ("new", "changed", "moved", "unchanged", "deleted", "failed", "embedded", "images")
+    return {name: getattr(summary, name) for name in names if getattr(summary, name)}
+
+
+def pack(path, files, *, when=1e9):
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, source in files.items():
+                archive.write(source, name)
+    else:
+        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+            for name, source in files.items():
+                archive.add(source, name)
+    os.utime(path, (when, when))
+    return open_sources([str(path)])
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar", "photos.tar.gz"])
+def test_an_archive_is_indexed_like_the_folder_it_holds(shop, tmp_path, name):
+    shop.sync()
+    files = {f"in/{path.name}": path for path in sorted(shop.root.iterdir())}
+    archive = Workshop(shop.root, tmp_path / "archive", shop.model, None, [])
+    assert counts(archive.sync(roots=pack(tmp_path / name, files))) == {"new": 20, "embedded": 20, "images": 20}
+    of_files, vectors = read_vectors(shop.index)
+    members, of_members = read_vectors(archive.index)
+    assert [member.member for member in members] == [f"in/{file.relative}" for file in of_files]
+    assert (vectors == of_members).all()
+    with open_index(archive.index) as index:
+        assert index.search(vectors[:1], top=1)[0][0].path == tmp_path / name / "in" / "0000.png"
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar.gz"])
+def test_an_archive_that_is_as_it_was_is_not_looked_into(shop, tmp_path, name, monkeypatch):
+    files = {path.name: path for path in sorted(shop.root.iterdir())}
+    sources = pack(tmp_path / name, files)
+    shop.sync(roots=sources)
+    with monkeypatch.context() as patch:
+        for kind in (ZipSource, TarSource):
+            patch.setattr(kind, "scan", never)
+            patch.setattr(kind, "read", never)
+            patch.setattr(kind, "stream", never)
+        assert counts(shop.sync(roots=sources)) == {"unchanged": 20, "images": 20}
+    shop.model = a_model(1)
+    assert counts(shop.sync(roots=sources)) == {"unchanged": 20, "embedded": 20, "images": 20}
+    files.pop("0003.png")
+    files["again.png"] = files.pop("0004.png")
+    pack(tmp_path / name, files, when=1e9 + 2)
+    assert counts(shop.sync(roots=sources)) == {"moved": 1, "deleted": 1, "unchanged": 18, "images": 19}
+
+
+def test_a_cut_short_run_looks_into_an_archive_again(shop, tmp_path):
+    sources = pack(tmp_path / "photos.zip", {path.name: path for path in sorted(shop.root.iterdir())})
+    with pytest.raises(KeyboardInterrupt):
+        shop.sync(roots=sources, stop_after=8)
+    assert counts(shop.sync(roots=sources)) == {"new": 12, "unchanged": 8, "embedded": 12, "images": 20}
+
+
+def test_images_move_between_folders_and_archives_without_being_embedded(shop, tmp_path):
+    first = tmp_path / "other"
+    write_image(first / "keep.png", 70)
+    sources = open_sources([str(shop.root), str(first)])
+    shop.sync(roots=sources)
+    packed = [shop.root / "0000.png", shop.root / "0001.png"]
+    sources += pack(tmp_path / "photos.zip", {path.name: path for path in packed})
+    for path in packed:
+        path.unlink()
+    assert counts(shop.sync(roots=sources)) == {"moved": 2, "unchanged": 19, "images": 21}
+
+
+def test_a_missing_archive_is_an_error_and_deletes_nothing(shop, tmp_path):
+    sources = pack(tmp_path / "photos.zip", {"a.png": shop.root / "0000.png"})
+    shop.sync(roots=sources)
+    (tmp_path / "photos.zip").unlink()
+    with pytest.raises(DinosearchError, match="stays as it is"):
+        shop.sync(roots=sources, allow_deletions=True)
+    assert index_info(shop.index).images == 1
+
+
+def test_files_named_one_by_one_stay_until_they_are_gone(shop):
+    names = [str(shop.root / f"{number:04d}.png") for number in range(8)]
+    assert counts(shop.sync(roots=open_sources(names[:4]))) == {"new": 4, "embedded": 4, "images": 4}
+    assert counts(shop.sync(roots=open_sources(names[4:]))) == {"new": 4, "unchanged": 4, "embedded": 4, "images": 8}
+    Path(names[0]).unlink()
+    assert counts(shop.sync(roots=open_sources(names[5:6]))) == {"unchanged": 7, "deleted": 1, "images": 7}
+    with pytest.raises(DinosearchError, match="is indexed as files and cannot be folder"):
+        shop.sync()
+
+
+def test_options_are_remembered_said_and_replaced(shop):
+    write_image(shop.root / ".hidden.png", 70)
+    assert shop.sync(options=GivenOptions(exclude=("000*",), include_hidden=True)).images == 11
+    assert counts(shop.sync()) == {"unchanged": 11, "images": 11}
+    assert shop.notes[-1] == f"{shop.root}: without 000*, with hidden names, as before"
+    [source] = index_info(shop.index).sources
+    assert (source.kind, source.exclude, source.include_hidden, source.all_pages) == ("folder", ("000*",), True, False)
+    shop.sync(options=GivenOptions(exclude=("0001*",)))
+    assert shop.notes[-1] == f"{shop.root}: with hidden names, as before"
+    assert index_info(shop.index).images == 20
+    n_notes = len(shop.notes)
+    assert shop.sync(options=GivenOptions(exclude=(), include_hidden=False)).images == 20
+    assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
+    assert len(shop.notes) == n_notes
+
+
+def test_what_is_excluded_on_purpose_is_no_mass_deletion_but_what_is_gone_is(shop):
+    shop.sync()
+    for number in range(10, 16):
+        (shop.root / f"{number:04d}.png").unlink()
+    with pytest.raises(DinosearchError, match="6 of 20 images are gone"):
+        shop.sync(options=GivenOptions(exclude=("000*",)))
+    assert index_info(shop.index).sources[0].exclude == ()
+    summary = shop.sync(options=GivenOptions(exclude=("000*",)), allow_deletions=True)
+    assert counts(summary) == {"unchanged": 4, "deleted": 16, "images": 4}
+
+
+def test_a_table_may_say_something_else_of_files_that_are_as_they_were(shop, tmp_path):
+    table = tmp_path / "photos.csv"
+    table.write_text("path,year\n" + "".join(f"images/{n:04d}.png,19{n:02d}\n" for n in range(20)))
+    sources = open_sources([str(table)])
+    assert counts(shop.sync(roots=sources)) == {"new": 20, "embedded": 20, "images": 20}
+    assert index_info(shop.index).metadata == ["year"]
+    table.write_text("path,decade\n" + "".join(f"images/{n:04d}.png,{n // 10}\n" for n in range(20)))
+    assert counts(shop.sync(roots=sources)) == {"unchanged": 20, "images": 20}
+    assert index_info(shop.index).metadata == ["decade"]
+
+
+def test_a_listed_file_that_is_missing_is_unreadable_and_one_not_listed_any_more_is_gone(shop, tmp_path):
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(f"images/{n:04d}.png\n" for n in range(20)))
+    sources = open_sources([str(listing)])
+    shop.sync(roots=sources)
+    (shop.root / "0000.png").unlink()
+    listing.write_text("".join(f"images/{n:04d}.png\n" for n in range(19)))
+    assert counts(shop.sync(roots=sources)) == {"unchanged": 18, "failed": 1, "deleted": 1, "images": 18}
+    assert [(status, reason) for _, status, reason, _ in failures(shop.index)] == [
+        ("unreadable", "No such file or directory")
+    ]
+
+
+def test_one_place_as_two_kinds_is_refused(shop):
+    with pytest.raises(UsageError, match="is given as a folder and as files"):
+        shop.sync(roots=open_sources([str(shop.root), str(shop.root / "0000.png")]))
+
+
+def test_another_model_finds_all_sources_again(shop, tmp_path):
+    sources = open_sources([str(shop.root)])
+    sources += pack(tmp_path / "photos.zip", {"a.png": write_image(tmp_path / "a.png", 90)})
+    shop.sync(roots=sources)
+    shop.model = a_model(1)
+    assert counts(shop.sync()) == {"unchanged": 21, "embedded": 21, "images": 21}
+
+
+def test_verify_finds_a_content_that_changed_behind_its_size_and_time(shop):
+    path = shop.root / "0000.bmp"
+    Image.new("RGB", (8, 8), "red").save(path)
+    set_age(path, 100)
+    shop.sync()
+    stat = path.stat()
+    Image.new("RGB", (8, 8), "blue").save(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert counts(shop.sync()) == {"unchanged": 21, "images": 21}
+    assert counts(shop.sync(verify=True)) == {"unchanged": 20, "changed": 1, "embedded": 1, "images": 21}
+    assert shop.notes[-1].startswith("1 files hold something else than before under the same size and time")
+    assert counts(shop.sync(verify=True)) == {"unchanged": 21, "images": 21}
+
+
+def test_verify_reports_what_a_damaged_disk_cannot_give_any_more(shop, monkeypatch):
+    (shop.root / "bad.png").write_bytes(b"no image")
+    shop.sync()
+    read_bytes = read.read_bytes
+
+    def read_but_one(path):
+        if str(path).endswith("0007.png"):
+            raise BadImage("unreadable", "Input/output error")
+        return read_bytes(path)
+
+    read_in_this_process(monkeypatch, read_but_one)
+    assert counts(shop.sync()) == {"unchanged": 20, "failed": 1, "images": 20}
+    assert counts(shop.sync(verify=True)) == {"unchanged": 19, "failed": 2, "images": 19}
+    assert ("unreadable", "Input/output error") in [row[1:3] for row in failures(shop.index)]
+    monkeypatch.undo()
+    assert counts(shop.sync()) == {"unchanged": 20, "failed": 1, "images": 20}
+
+
+def test_verify_looks_into_archives_too(shop, tmp_path):
+    sources = pack(tmp_path / "photos.zip", {"a.png": shop.root / "0000.png"})
+    shop.sync(roots=sources)
+    data = (tmp_path / "photos.zip").read_bytes()
+    stat = (tmp_path / "photos.zip").stat()
+    at = data.index(b"IDAT") + 20
+    (tmp_path / "photos.zip").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    os.utime(tmp_path / "photos.zip", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert counts(shop.sync(roots=sources)) == {"unchanged": 1, "images": 1}
+    assert counts(shop.sync(roots=sources, verify=True)) == {"failed": 1}
+
+
+def test_another_number_of_frames_is_not_left_behind(shop):
+    shop.sync()
+    with Catalog.open(shop.index, writable=True) as catalog:
+        [stored, *_] = catalog.stored_files(1, fingerprint=shop.model.fingerprint)
+        catalog._write(
+            """INSERT INTO files (root, path, frame, size, mtime_ns, content_hash, status)
+            SELECT root, path, 1, size, mtime_ns, content_hash, 'corrupt' FROM files WHERE id = ?""",
+            [(stored.id,)],
+        )
+        catalog._write("UPDATE files SET frames = 2 WHERE id = ?", [(stored.id,)])
+        catalog.commit()
+        assert (catalog.n_failed(), catalog.n_images()) == (1, 20)
+    (shop.root / stored.path).rename(shop.root / "moved.png")
+    assert counts(shop.sync()) == {"moved": 1, "unchanged": 19, "images": 20}
+    assert [path.endswith("moved.png") for path, *_ in failures(shop.index)] == [True]
+    set_age(shop.root / "moved.png", 5)
+    shop.sync()
+    assert list(failures(shop.index)) == []
+
+
+@pytest.mark.parametrize("name", ["photos.tar", "photos.tar.gz"])
+def test_an_archive_cut_short_loses_nothing_of_what_is_indexed(shop, tmp_path, name):
+    files = {path.name: path for path in sorted(shop.root.iterdir())}
+    archive = Workshop(shop.root, tmp_path / "archive", shop.model, None, [])
+    sources = pack(tmp_path / name, files)
+    archive.sync(roots=sources)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) * 3 // 4])
+    cut = archive.sync(roots=open_sources([str(tmp_path / name)]))
+    assert cut.deleted == 0
+    assert cut.images >= 19  # a member that ends too early is bad, those behind it are out of reach
+    (tmp_path / name).write_bytes(whole)
+    again = archive.sync(roots=open_sources([str(tmp_path / name)]))
+    assert (again.deleted, again.embedded, again.images) == (0, 0, 20)
+
+
+def test_what_has_no_time_to_trust_is_read_each_time(shop, monkeypatch):
+    """As on a server that tells neither date nor tag: a change of equal size must not be missed."""
+    import dinosearch.images.sources.folder as folder
+    from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, Scan
+
+    scan = folder.FolderSource.scan
+
+    def without_times(self, options, *, note):
+        found = scan(self, options, note=note)
+        return Scan([FoundImage(image.path, image.size, UNTRUSTED_TIME) for image in found.images])
+
+    monkeypatch.setattr(folder.FolderSource, "scan", without_times)
+    shop.sync()
+    assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
+    with Catalog.open(shop.index, writable=True) as catalog:
+        catalog._write("UPDATE files SET mtime_ns = ?", [(UNTRUSTED_TIME,)])
+        catalog.commit()
+    one = shop.root / "0003.png"
+    image = Image.open(one)
+    image.putpixel((0, 0), (1, 2, 3))
+    size = one.stat().st_size
+    for compression in range(10):
+        image.save(one, compress_level=compression)
+        if one.stat().st_size <= size:
+            break
+    one.write_bytes(one.read_bytes().ljust(size, b"\0"))
+    assert counts(shop.sync()) == {"changed": 1, "unchanged": 19, "embedded": 1, "images": 20}
+
+
+def test_a_wanted_recall_is_remembered_and_met(shop, monkeypatch):
+    from dinosearch.index import generation
+
+    write = generation.write_generation
+    monkeypatch.setattr(generation, "write_generation", lambda *a, **k: write(*a, exact_below=100, **k))
+    write_images(shop.root / "more", 380, seed=100)
+    shop.sync(recall=0.8)
+    first = index_info(shop.index).faiss
+    assert first.recall_target == 0.8
+    assert first.recall_at_10 >= 0.8
+    shop.sync()
+    assert index_info(shop.index).faiss == first
+    shop.sync(recall=1)
+    assert index_info(shop.index).faiss.exact
+    shop.sync()
+    assert index_info(shop.index).faiss.recall_target == 1
