@@ -25,9 +25,10 @@ import faiss
 import numpy as np
 
 from dinosearch.images.machine import n_cores
-from dinosearch.index.catalog import Catalog, Generation, unit
+from dinosearch.index.catalog import Catalog, Generation
 from dinosearch.index.exact import nearest
 from dinosearch.index.generation import open_generation, write_generation
+from dinosearch.index.reader import unit
 from dinosearch.index.vectors import Vectors
 
 SYSTEMS = ("exact", "chosen", "flat", "faiss-hnsw", "hnswlib", "usearch")

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from dinosearch.errors import DinosearchError, IndexNotFound, IndexUnusable
-from dinosearch.index import catalog as catalog_module
 from dinosearch.index import database
+from dinosearch.index import reader as reader_module
 from dinosearch.index.catalog import Catalog, FileRow
 from dinosearch.index.database import network_file_system
 from dinosearch.index.schema import FORMAT
@@ -52,7 +52,7 @@ def test_vectors_come_back_as_unit_vectors_within_half_precision(catalog):
 
 
 def test_vectors_are_read_in_blocks_that_miss_none(catalog, monkeypatch):
-    monkeypatch.setattr(catalog_module, "_BLOCK", 4)
+    monkeypatch.setattr(reader_module, "_BLOCK", 4)
     fill(catalog, 10)
     blocks = list(catalog.vector_blocks(fingerprint="f" * 16))
     assert [len(ids) for ids, _ in blocks] == [4, 4, 2]

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from stores import brute_force, clustered, unit_vectors
 
-from dinosearch.index.catalog import unit
 from dinosearch.index.exact import unit_blocks
 from dinosearch.index.faiss_type import build, candidate_types, held_out_queries, measure, true_tenth, tune
+from dinosearch.index.reader import unit
 from dinosearch.index.stored import TunedStored
 
 N = 3000

@@ -12,7 +12,7 @@ from stores import MODEL, add, all_vectors, brute_force, catalog_of, clustered, 
 
 from dinosearch.errors import DinosearchError
 from dinosearch.index import generation as generation_module
-from dinosearch.index.catalog import Catalog, unit
+from dinosearch.index.catalog import Catalog
 from dinosearch.index.contents import index_info, read_vectors
 from dinosearch.index.generation import (
     DamagedGeneration,
@@ -23,6 +23,7 @@ from dinosearch.index.generation import (
     wanted_generation,
     write_generation,
 )
+from dinosearch.index.reader import unit
 from dinosearch.index.vectors import open_vectors
 
 

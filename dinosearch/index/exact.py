@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dinosearch.index.catalog import unit
+from dinosearch.index.reader import unit
 
 if TYPE_CHECKING:
     import torch

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dinosearch.images.machine import memory_bytes
-from dinosearch.index.catalog import unit
 from dinosearch.index.exact import nearest, unit_blocks
+from dinosearch.index.reader import unit
 from dinosearch.index.stored import MOST_CANDIDATES, Stored, TunedStored
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from dinosearch.errors import DinosearchError
-from dinosearch.index.catalog import Catalog, Generation, unit
+from dinosearch.index.catalog import Catalog, Generation
 from dinosearch.index.exact import BLOCK, unit_blocks
 from dinosearch.index.faiss_type import (
     EXACT_BELOW,
@@ -39,6 +39,7 @@ from dinosearch.index.faiss_type import (
     true_tenth,
     tune,
 )
+from dinosearch.index.reader import unit
 from dinosearch.index.stored import ExactStored, Stored, TunedStored
 
 ALWAYS_HASHED = 32 << 20

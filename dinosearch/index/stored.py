@@ -14,8 +14,8 @@ import numpy as np
 
 from dinosearch.images.machine import n_cores
 from dinosearch.images.read import in_threads
-from dinosearch.index.catalog import unit
 from dinosearch.index.exact import gpu_repays, nearest, nearest_by_torch, unit_blocks
+from dinosearch.index.reader import unit
 
 if TYPE_CHECKING:
     import faiss

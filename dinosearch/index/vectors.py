@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dinosearch.index.catalog import Catalog, unit
+from dinosearch.index.catalog import Catalog
 from dinosearch.index.exact import nearest
 from dinosearch.index.generation import DamagedGeneration, open_generation
+from dinosearch.index.reader import unit
 from dinosearch.index.stored import Stored
 
 
