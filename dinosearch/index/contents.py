@@ -11,8 +11,8 @@ import numpy as np
 
 from dinosearch.images.sources import is_url
 from dinosearch.index.catalog import Catalog
-from dinosearch.index.generation import details_of
-from dinosearch.index.rows import LiveFile
+from dinosearch.index.generation import DamagedGeneration, details_of
+from dinosearch.index.rows import Generation, LiveFile
 from dinosearch.index.sources import FollowedSources
 
 
@@ -69,7 +69,7 @@ class IndexInfo:
     shard: str | None
     """i/n, if this is one of n parts that `merge` makes one index of."""
     faiss: FaissInfo | None
-    """None until a first run has come to its end."""
+    """None until a first run has come to its end, and where what is known of it is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +103,6 @@ def index_info(index_path: Path) -> IndexInfo:
     """Figures of an index. Raises IndexNotFound or IndexUnusable."""
     with Catalog.open(index_path) as catalog:
         fingerprint, generation = catalog.fingerprint, catalog.generation()
-        faiss = None
-        if generation is not None:
-            details = details_of(generation)
-            faiss = FaissInfo(
-                type=generation.kind,
-                recall_at_10=generation.recall_at_10,
-                bytes_per_image=details.bytes_per_image or round(generation.size / max(1, generation.n), 1),
-                exact=details.exact,
-                p50_ms=details.p50_ms,
-                p95_ms=details.p95_ms,
-                parameters=details.parameters,
-                recall_target=details.target,
-            )
         roots = catalog.roots().values()
         return IndexInfo(
             index=index_path.name,
@@ -128,8 +115,25 @@ def index_info(index_path: Path) -> IndexInfo:
             sources=[SourceInfo(root.kind, root.location, **asdict(root.options)) for root in roots],
             metadata=list(catalog.metadata_columns()),
             shard=catalog.shard(),
-            faiss=faiss,
+            faiss=_faiss_info(generation) if generation else None,
         )
+
+
+def _faiss_info(generation: Generation) -> FaissInfo | None:
+    try:
+        details = details_of(generation)
+    except DamagedGeneration:
+        return None  # the next run of index writes it anew
+    return FaissInfo(
+        type=generation.kind,
+        recall_at_10=generation.recall_at_10,
+        bytes_per_image=details.bytes_per_image or round(generation.size / max(1, generation.n), 1),
+        exact=details.exact,
+        p50_ms=details.p50_ms,
+        p95_ms=details.p95_ms,
+        parameters=details.parameters,
+        recall_target=details.target,
+    )
 
 
 def failures(index_path: Path) -> Iterator[Failure]:

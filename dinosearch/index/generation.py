@@ -89,11 +89,14 @@ class Details:
 
 
 def details_of(generation: Generation) -> Details:
-    """Generations of before there were details are exact."""
+    """Generations of before there were details are exact. Raises DamagedGeneration where they cannot be read."""
     if generation.details is None:
         return Details()
-    facts = json.loads(generation.details)
-    return Details(**facts | {"beside": tuple(Seal(**seal) for seal in facts["beside"])})
+    try:
+        facts = json.loads(generation.details)
+        return Details(**facts | {"beside": tuple(Seal(**seal) for seal in facts["beside"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedGeneration(f"what the catalog says of {generation.file} is damaged") from error
 
 
 def wanted_generation(catalog: Catalog, fingerprint: str) -> str | None:
@@ -105,9 +108,9 @@ def wanted_generation(catalog: Catalog, fingerprint: str) -> str | None:
         return "none yet"
     try:
         check_files(catalog.path.parent, generation)
+        details = details_of(generation)
     except DamagedGeneration as error:
         return str(error)
-    details = details_of(generation)
     if details.target is not None and details.target != (catalog.recall() or RECALL):
         return "another recall"
     n, n_newer = (
