@@ -74,16 +74,25 @@ def assert_tidy(index):
     assert {path.name.rpartition(".")[0] for path in index.glob("vectors-*")} <= {n.rpartition(".")[0] for n in named}
 
 
+def run(images, index, *, seconds=None):
+    """Index in a process of its own, killed after so many seconds of work; how long it worked."""
+    arguments = [HERE / "crash_worker.py", HERE, "run", images, index]
+    with subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, cwd=HERE.parent) as process:
+        process.stdout.readline()
+        began = time.monotonic()
+        if seconds is None:
+            assert process.wait() == 0
+        else:
+            time.sleep(seconds)
+            process.kill()
+        return time.monotonic() - began
+
+
 def test_killed_at_random_instants_it_always_answers_and_only_grows(images, calm, tmp_path):
     index, clock, counts = tmp_path / "index", random.Random(0), [0]
+    seconds = run(images, tmp_path / "undisturbed")
     for _ in range(12):
-        arguments = [HERE / "crash_worker.py", HERE, "run", images, index]
-        with subprocess.Popen(
-            [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, cwd=HERE.parent
-        ) as process:
-            process.stdout.readline()
-            time.sleep(clock.uniform(0.3, 1.2))  # the processes that decode start in the first of it
-            process.kill()
+        run(images, index, seconds=clock.uniform(0.1, 1) * seconds)
         try:
             found = contents(index)
         except IndexNotFound:

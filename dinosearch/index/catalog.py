@@ -1,7 +1,7 @@
 """The catalog: which files there are, what they hold and the vector of each content. SQLite, the truth of an index.
 
-Knows nothing of sources, of decoding or of FAISS. It is the only module that writes rows, and `reader` the only one
-that reads them.
+Knows nothing of sources, of decoding or of FAISS. It is the only module that writes rows; `reader` is the only one that
+reads them.
 
 Identity is the hash of a file's content: equal files share one vector, a moved file keeps it. Vectors are stored as
 float16 and given out as float32 of unit length, so that a vector is the same number wherever it is read from.
