@@ -1,22 +1,27 @@
-"""Make a folder of equal photographs from any that you have: centres of 4:3, 500×375, JPEG.
+"""Make a folder of equal photographs from any that you have: crops of 4:3, 500×375, JPEG.
 
     python benchmarks/photographs.py 600 ~/Pictures --to /tmp/photos600
 
-So anyone can repeat the figures of benchmarks/index.py. Where there are fewer photographs than wanted, further ones are
-crops of them: corners and mirrored, no two files alike.
+So anyone can repeat the figures of benchmarks/index.py. Each photograph gives about as many crops as the others, at
+seeded places and scales of at least one pixel for one; no two files are alike, and none is of one colour.
 """
 
 import argparse
-import itertools
 import random
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 
-from dinosearch.images import BadImage, decode_rgb, find_images, read_bytes
+from dinosearch.images import BadImage, content_hash, decode_rgb, find_images, read_bytes
 
-SIZE = (500, 375)
-CENTRE = (0.5, 0.5)
+WIDTH, HEIGHT = 500, 375
+LEAST_CONTRAST = 12
+"""Standard deviation of grey levels: below it there is sky or a wall."""
+MOST_TRIES = 5
+"""Per crop wanted of a photograph, before it is done with."""
 
 
 def main() -> None:
@@ -26,30 +31,50 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True, help="folder to make")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
     options = parser.parse_args()
+    photographs = distinct(options.folders)
     options.to.mkdir(parents=True)
-    n = 0
-    for image in itertools.islice(cuts(options.folders), options.n):
-        image.save(options.to / f"{n:06d}.jpg", quality=options.quality)
-        n += 1
-    print(f"{n} photographs in {options.to}")
+    seen: set[str] = set()
+    for number, path in enumerate(photographs):
+        wanted = -(-(options.n - len(seen)) // (len(photographs) - number))
+        for data in crops(path, wanted, quality=options.quality, random=random.Random(number)):
+            if content_hash(data) not in seen:
+                (options.to / f"{len(seen):06d}.jpg").write_bytes(data)
+                seen.add(content_hash(data))
+    print(f"{len(seen)} photographs in {options.to}, of {len(photographs)}")
 
 
-def cuts(folders: list[Path]):
-    paths = [folder / found.path for folder in folders for found in find_images(folder).images]
-    random.Random(0).shuffle(paths)
-    anchors = [CENTRE, (0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0)]
-    for mirrored, anchor in itertools.product((False, True), anchors):
-        for path in paths:
-            try:
-                image = decode_rgb(read_bytes(path))
-            except BadImage:
-                continue
-            if image.width < SIZE[0] or image.height < SIZE[1]:
-                continue
-            if anchor != CENTRE:  # three quarters of the picture, else corners would be no other than the centre
-                image = ImageOps.fit(image, (image.width * 3 // 4, image.height * 3 // 4), centering=anchor)
-            image = ImageOps.fit(image, SIZE, Image.Resampling.LANCZOS)
-            yield ImageOps.mirror(image) if mirrored else image
+def distinct(folders: list[Path]) -> list[Path]:
+    """Image files that are large enough, each content once."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for image in find_images(folder).images:
+            path = folder / image.path
+            with Image.open(path) as opened:
+                if opened.width >= WIDTH and opened.height >= HEIGHT:
+                    found.setdefault(content_hash(read_bytes(path)), path)
+    return list(found.values())
+
+
+def crops(path: Path, n: int, *, quality: int, random: random.Random) -> Iterator[bytes]:
+    try:
+        photograph = decode_rgb(read_bytes(path))
+    except BadImage:
+        return
+    largest = min(photograph.width / WIDTH, photograph.height / HEIGHT)
+    n_made = 0
+    for _ in range(MOST_TRIES * n):
+        scale = random.uniform(1, largest)
+        width, height = scale * WIDTH, scale * HEIGHT
+        left, top = random.uniform(0, photograph.width - width), random.uniform(0, photograph.height - height)
+        crop = photograph.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+        if np.asarray(crop.convert("L")).std() < LEAST_CONTRAST:
+            continue
+        file = BytesIO()
+        crop.save(file, "JPEG", quality=quality)
+        yield file.getvalue()
+        n_made += 1
+        if n_made == n:
+            return
 
 
 if __name__ == "__main__":
