@@ -124,7 +124,7 @@ def build_ours(data: Data, options: argparse.Namespace, *, exact: bool) -> None:
         with Catalog.create(folder, fingerprint="f", model="m", dim=data.dim) as catalog:
             start = 0
             for halves in data.halves():
-                contents = [(f"{start + row}", 1, 1) for row in range(len(halves))]
+                contents = [(f"{start + row}", 0, 1, 1) for row in range(len(halves))]
                 catalog.put_vectors(contents, halves, fingerprint="f")
                 start += len(halves)
             catalog.commit()

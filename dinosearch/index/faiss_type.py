@@ -1,21 +1,18 @@
 """Which FAISS type suits so many vectors, trained on a sample and tuned until it finds what it should.
 
-Below EXACT_BELOW vectors everything is compared with everything. Above it an inverted file of 4-bit product codes is
-scanned, and the best candidates are compared exactly. The codes are of the quarter of the directions that varies most,
-turned at random (`PCAR{m},IVF{nlist},PQ{m}x4fsr`), half of a byte for each; with half of the directions if that is not
-enough. Measured with 60,000 embeddings of 384 numbers, 48 of 512 lists, on one core of a busy machine: share of the 10
-nearest among 40 candidates, and microseconds to find 400
+Below EXACT_BELOW vectors everything is compared with everything. Above it a graph of neighbours is walked (HNSW) whose
+codes are a byte for each number, and the best candidates are compared exactly. Graph and codes are mapped from the
+file, so a reader needs next to no memory of its own. Where memory does not suffice to build that, an inverted file
+of 4-bit product codes is scanned: of the quarter of the directions that varies most, turned at random, half of a byte
+for each (`PCAR{m},IVF{nlist},PQ{m}x4fsr`); with half of the directions if that is not enough. Measured on one core with
+a million embeddings of 384 numbers: docs/benchmarks.md.
 
-    PQ96x4fs 0.86, 77 · PQ96x4fsr 0.90, 75 · PQ192x4fs 0.94, 94 · PQ192x4fsr 0.96, 96 · RaBitQfs 1.00, 299
-    PCAR64,PQ64x4fsr 0.97, 62 · PCAR96,PQ96x4fsr 0.98, 71 · PCAR128,PQ128x4fsr 0.98, 73
-
-Codes of vectors as they are (PQ96x4fs) did not find 95 % of a million's 10 nearest at all.
-
-Protocol of the tuning: N_QUERIES stored vectors, evenly spaced, are kept out of the training sample and asked for, each
-without itself. Their 10 nearest come from brute force. On one half of them the number of lists looked into (`nprobe`)
-and of candidates compared exactly (`rerank`) are found: all pairs that reach the target with two standard errors to
-spare, and of these the one that answers fastest here. Recall and latency are then measured on the other half. Recall
-counts what is found that scores no less than the true tenth: equal vectors are equally right.
+Protocol of the tuning: N_QUERIES stored vectors, evenly spaced, are held out: neither trained on nor added. They are
+asked for, as new images would be, and their 10 nearest among the others come from brute force. On one half of them the
+settings are found that reach the target with two standard errors to spare, and of these the one that answers fastest
+here. Recall and latency are then measured on the other half; if that falls short, more is asked of the first. Then
+the held-out vectors are added too. Recall counts what is found that scores no less than the true tenth: equal vectors
+are equally right.
 """
 
 from __future__ import annotations
@@ -24,17 +21,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dinosearch.images.machine import memory_bytes
-from dinosearch.index.exact import nearest, unit_blocks
+from dinosearch.index.exact import BLOCK, nearest
 from dinosearch.index.reader import unit
-from dinosearch.index.stored import MOST_CANDIDATES, Stored, TunedStored
-
-if TYPE_CHECKING:
-    import faiss
+from dinosearch.index.stored import MOST_CANDIDATES, Stored, TunedStored, tuned_class
 
 EXACT_BELOW = 100_000
 """Vectors: comparing so many of 384 numbers took 6 ms on one core, 50,000 took 3 ms, not worth a training."""
@@ -43,12 +37,14 @@ RECALL = 0.95
 N_QUERIES = 1000
 K = 10
 _NEAREST = 1e-6  # scores nearer than float32 products can tell apart
+_LEAST_DIM = 8
+_LINKS = 16  # of each vector in the graph: more made no better one, and take longer and more room
+_EF_CONSTRUCTION = 150  # of 60, 150: 0.943 and 0.953 of the 10 nearest of 300,000 found at efSearch 16, in 28 and 58 s
+_GRAPH_BYTES = 4 * (2 * _LINKS + 3) + 24  # of each vector, beside its codes: links, level, id
 _LEAST_KEPT = 4  # directions
 _POINTS_PER_LIST = 64  # training vectors: more made no better lists, and take longer
 _CODE_POINTS = 65536  # training vectors of the codes
 _SUPER_KMEANS = (1024, 128)  # from so many lists and numbers per vector on it is faster
-_RERANK = (40, 60, 80, 120, 160, 240, 320, 480, 640, 960, 1280)
-_ENOUGH_PAIRS = 4  # beyond these, more lists were never faster
 _STANDARD_ERRORS = 2  # to spare, so that other queries reach the target too
 _TIMED = 60  # queries of each pair
 _SHARE_OF_MEMORY = 0.25  # of the machine's, for what FAISS cannot map
@@ -66,11 +62,13 @@ class Measured:
 def candidate_types(n: int, dim: int, *, max_memory: int | None = None) -> list[str]:
     """FAISS factory strings to try in turn, quickest first; none where only exact search is left.
 
-    max_memory: bytes of private memory a reader may need, by default a quarter of the machine's.
+    max_memory: bytes that building, or a reader's private memory, may take; by default a quarter of the machine's.
     """
     nlist = 1 << max(4, round(np.log2(4 * n**0.5)))
     budget = memory_bytes() * _SHARE_OF_MEMORY if max_memory is None else max_memory
     names = []
+    if dim >= _LEAST_DIM and n * (2 * dim + _GRAPH_BYTES) <= budget:
+        names.append(f"IDMap,HNSW{_LINKS}_SQfp16")
     for share in (4, 2):
         kept = dim // share
         if kept >= _LEAST_KEPT and n * (kept / 2 + 8) + 4 * kept * (nlist + dim) <= budget:
@@ -78,30 +76,49 @@ def candidate_types(n: int, dim: int, *, max_memory: int | None = None) -> list[
     return names
 
 
-def build(name: str, ids: np.ndarray, halves: np.ndarray, *, held_out: np.ndarray) -> faiss.IndexPreTransform:
-    """A trained index of all stored vectors float16 [n, dim] under their ids. held_out: positions not to train on."""
+def build(name: str, ids: np.ndarray, halves: np.ndarray, *, held_out: np.ndarray) -> TunedStored:
+    """An index of stored vectors float16 [n, dim], under their ids, but for those at the positions `held_out`."""
     import faiss
 
     n, dim = halves.shape
     index: Any = faiss.index_factory(dim, name, faiss.METRIC_INNER_PRODUCT)
-    ivf: Any = faiss.extract_index_ivf(index)
-    projection: Any = faiss.downcast_VectorTransform(index.chain.at(0))
     random = np.random.default_rng(0)
     allowed = np.delete(np.arange(n), held_out)
-    size = min(len(allowed), max(_CODE_POINTS, _POINTS_PER_LIST * ivf.nlist))
+    graph = "HNSW" in name
+    wanted = _CODE_POINTS if graph else max(_CODE_POINTS, _POINTS_PER_LIST * faiss.extract_index_ivf(index).nlist)
+    size = min(len(allowed), wanted)
     sample = unit(halves[np.sort(random.choice(allowed, size, replace=False))])
     random.shuffle(sample)
+    if graph:
+        inner: Any = faiss.downcast_index(index.index)
+        inner.hnsw.efConstruction = _EF_CONSTRUCTION
+        index.train(sample)
+    else:
+        _train_lists(index, sample)
+    stored = tuned_class(name)(name, ids, halves, index)
+    for start in range(0, n, BLOCK):
+        positions = allowed[np.searchsorted(allowed, start) : np.searchsorted(allowed, start + BLOCK)]
+        add(stored, positions)
+    return stored
+
+
+def add(stored: TunedStored, positions: np.ndarray) -> None:
+    """Take in the vectors at some positions, under their ids."""
+    stored.index.add_with_ids(stored.rows(positions), stored.ids[positions])
+
+
+def _train_lists(index: Any, sample: np.ndarray) -> None:
+    """Directions, lists and codes of an inverted file, from unit vectors float32 [n, dim] in random order."""
+    import faiss
+
+    ivf: Any = faiss.extract_index_ivf(index)
+    projection: Any = faiss.downcast_VectorTransform(index.chain.at(0))
     projection.train(sample[:_CODE_POINTS])
     projection.have_bias = False  # products of centred vectors are other products
     sample = projection.apply(sample)  # [size, kept]
     ivf.quantizer.add(_centroids(sample, ivf.nlist))
     ivf.train(sample[:_CODE_POINTS])  # the lists are there: only the codes are left to learn
     index.is_trained = True
-    start = 0
-    for block in unit_blocks(halves):
-        index.add_with_ids(block, ids[start : start + len(block)])
-        start += len(block)
-    return index
 
 
 def held_out_queries(n: int, *, n_queries: int = N_QUERIES) -> np.ndarray:
@@ -109,27 +126,25 @@ def held_out_queries(n: int, *, n_queries: int = N_QUERIES) -> np.ndarray:
     return np.linspace(0, n - 1, min(n_queries, max(1, n // 20))).astype(np.int64)
 
 
-def tune(stored: TunedStored, *, own: np.ndarray, truth: np.ndarray, recall: float) -> TunedStored | None:
+def tune(stored: TunedStored, queries: np.ndarray, *, truth: np.ndarray, recall: float) -> TunedStored | None:
     """The fastest setting that reaches the target, None where none does.
 
-    own: positions of the held-out vectors to ask for; truth: `true_tenth` of them.
+    queries: unit vectors float32 [n_queries, dim] that the index does not hold; truth: `true_tenth` of them.
     """
-    queries = stored.rows(own)
     pairs: list[TunedStored] = []
-    most = min(_RERANK[-1], MOST_CANDIDATES - 1, len(stored.ids) - 1)
-    for nprobe in _nprobes(stored.nlist):
-        found = stored.candidates(queries, most + 1, nprobe=nprobe)
-        hits = _hits(stored, queries, own, found, truth)  # bool [n_queries, most + 1]
-        n_hits = hits.cumsum(axis=1)
-        for rerank in _RERANK:
-            shares = np.minimum(n_hits[:, min(rerank, most)], K) / K
+    most = min(stored.reranks[-1], MOST_CANDIDATES - 1, stored.index.ntotal)
+    for effort in stored.efforts:
+        found = stored.candidates(queries, most, effort=effort)
+        n_hits = _hits(stored, queries, found, truth).cumsum(axis=1)  # [n_queries, most]
+        for rerank in stored.reranks:
+            shares = np.minimum(n_hits[:, min(rerank, most) - 1], K) / K
             if shares.mean() - _STANDARD_ERRORS * shares.std() / len(shares) ** 0.5 >= recall:
-                pairs.append(replace(stored, nprobe=nprobe, rerank=rerank))
+                pairs.append(replace(stored, effort=effort, rerank=rerank))
                 break
-        if len(pairs) == _ENOUGH_PAIRS:
+        if len(pairs) == stored.enough:
             break
-    if not pairs:
-        return None
+    if len(pairs) < 2:
+        return pairs[0] if pairs else None
     timed = queries[:_TIMED]
     return min(pairs, key=lambda pair: median(_seconds(pair, timed)))
 
@@ -137,22 +152,21 @@ def tune(stored: TunedStored, *, own: np.ndarray, truth: np.ndarray, recall: flo
 def true_tenth(queries: np.ndarray, blocks: Iterable[np.ndarray], n: int) -> np.ndarray:
     """Score float32 [n_queries] of the tenth nearest of n vectors, or of the last where there are fewer.
 
-    queries: stored vectors float32 [n_queries, dim], which do not count as near to themselves. blocks: all vectors.
+    queries: float32 [n_queries, dim]. blocks: the vectors.
     """
-    _, scores = nearest(queries, blocks, min(K + 1, n))  # itself is among them, and scores highest
+    _, scores = nearest(queries, blocks, min(K, n))
     return scores.min(axis=1)
 
 
-def measure(stored: Stored, own: np.ndarray, *, truth: np.ndarray) -> Measured:
-    """Recall and latency of stored vectors, those at the positions `own`, asked for one by one; truth: `true_tenth`."""
-    n, seconds, shares = len(stored.ids), [], []
-    for query, position, tenth in zip(stored.rows(own), own, truth, strict=True):
+def measure(stored: Stored, queries: np.ndarray, *, truth: np.ndarray) -> Measured:
+    """Recall and latency of queries float32 [n_queries, dim] asked for one by one; truth: their `true_tenth`."""
+    k, seconds, shares = min(K, stored.index.ntotal), [], []
+    for query, tenth in zip(queries, truth, strict=True):
         began = time.perf_counter()
-        found = stored.search(query[None], min(K + 1, n))[0]
+        found = stored.search(query[None], k)[0]
         seconds.append(time.perf_counter() - began)
-        found = found[(found >= 0) & (found != position)]
-        n_hits = int((stored.rows(found) @ query >= tenth - _NEAREST).sum())
-        shares.append(min(n_hits, K) / min(K, n - 1) if n > 1 else 1.0)
+        scores = np.sort(stored.rows(found[found >= 0]) @ query)[-k:]
+        shares.append(int((scores >= tenth - _NEAREST).sum()) / k)
     p50, p95 = np.percentile(seconds, [50, 95]) * 1000
     return Measured(float(np.mean(shares)), round(float(p50), 4), round(float(p95), 4))
 
@@ -175,20 +189,11 @@ def _centroids(sample: np.ndarray, nlist: int) -> np.ndarray:
     return kmeans.centroids
 
 
-def _nprobes(nlist: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12 … up to all lists."""
-    steps = [n for power in range(nlist.bit_length()) for n in (1 << power, 3 << power >> 1)]
-    return sorted({n for n in steps if n < nlist} | {nlist})
-
-
-def _hits(
-    stored: TunedStored, queries: np.ndarray, own: np.ndarray, found: np.ndarray, truth: np.ndarray
-) -> np.ndarray:
-    """bool as found [n_queries, n]: whether each is as near as the true tenth, and not the query itself."""
+def _hits(stored: TunedStored, queries: np.ndarray, found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """bool as found [n_queries, n]: whether each is as near as the true tenth."""
     hits = np.empty(found.shape, dtype=bool)
     for row, query in enumerate(queries):
-        scores = stored.rows(found[row]) @ query
-        hits[row] = (scores >= truth[row] - _NEAREST) & (found[row] >= 0) & (found[row] != own[row])
+        hits[row] = (stored.rows(found[row]) @ query >= truth[row] - _NEAREST) & (found[row] >= 0)
     return hits
 
 

@@ -32,6 +32,7 @@ from dinosearch.index.faiss_type import (
     EXACT_BELOW,
     RECALL,
     Measured,
+    add,
     build,
     candidate_types,
     held_out_queries,
@@ -40,7 +41,7 @@ from dinosearch.index.faiss_type import (
     tune,
 )
 from dinosearch.index.reader import unit
-from dinosearch.index.stored import ExactStored, Stored, TunedStored
+from dinosearch.index.stored import ExactStored, Stored, TunedStored, tuned_class
 
 ALWAYS_HASHED = 32 << 20
 """Bytes. Smaller files are hashed at each opening (0.04 s); larger ones when inode or times are not the writer's."""
@@ -76,7 +77,7 @@ class Details:
 
     exact: bool = True
     parameters: dict[str, int] | None = None
-    """`nprobe` and `rerank` of a tuned type."""
+    """`efSearch` or `nprobe`, and `rerank`, of a tuned type."""
     target: float | None = None
     """Recall asked for."""
     p50_ms: float | None = None
@@ -145,23 +146,24 @@ def write_generation(
     recall = recall or catalog.recall() or RECALL
     n = catalog.n_vectors(fingerprint=fingerprint)
     with _files_aside(folder, number) as aside:
-        tuned = None
         if n < exact_below or recall >= 1:
-            stored: Stored = _exact(dim, catalog.vector_blocks(fingerprint=fingerprint))
+            stored, measured = _exact_measured(dim, catalog.vector_blocks(fingerprint=fingerprint))
         else:
             ids, halves = _write_halves(catalog, fingerprint, dim, aside)
             tuned = _tuned(ids, halves, recall=recall, max_memory=max_memory, note=note)
-            stored = tuned[0] if tuned else _exact(dim, _numbered(ids, halves))
-        measured = tuned[1] if tuned else _measure(stored)
+            stored, measured = tuned or _exact_measured(dim, _numbered(ids, halves))
         suffixes = [".faiss", ".f16", ".ids"] if isinstance(stored, TunedStored) else [".faiss"]
         with _written(folder / f"vectors-{number}.faiss"):
             faiss.write_index(stored.index, str(aside[".faiss"]))
             seals = [_publish(aside[suffix], folder / f"vectors-{number}{suffix}") for suffix in suffixes]
             _sync_folder(folder)
     size = sum(seal.size for seal in seals)
+    parameters = None
+    if isinstance(stored, TunedStored):
+        parameters = {stored.effort_name: stored.effort, "rerank": stored.rerank}
     details = Details(
         exact=isinstance(stored, ExactStored),
-        parameters={"nprobe": stored.nprobe, "rerank": stored.rerank} if isinstance(stored, TunedStored) else None,
+        parameters=parameters,
         target=recall,
         p50_ms=measured.p50_ms,
         p95_ms=measured.p95_ms,
@@ -202,11 +204,13 @@ def open_generation(folder: Path, generation: Generation, dim: int) -> Stored:
         raise DamagedGeneration(f"{path} holds other vectors than were written")
     if details.exact and isinstance(index, faiss.IndexIDMap2):
         return ExactStored(faiss.vector_to_array(index.id_map), index)
-    if details.parameters is None or not isinstance(index, faiss.IndexPreTransform):
+    if details.parameters is None or not isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap):
         raise DamagedGeneration(f"{path} holds something else than was written")
     halves = np.memmap(path.with_suffix(".f16"), np.float16, mode="r", shape=(generation.n, dim))
     ids = np.memmap(path.with_suffix(".ids"), np.int64, mode="r", shape=(generation.n,))
-    return TunedStored(generation.kind, np.asarray(ids), np.asarray(halves), index, **details.parameters)
+    tuned = tuned_class(generation.kind)
+    effort, rerank = details.parameters[tuned.effort_name], details.parameters["rerank"]
+    return tuned(generation.kind, np.asarray(ids), np.asarray(halves), index, effort, rerank)
 
 
 def remove_old_generations(catalog: Catalog) -> None:
@@ -279,21 +283,23 @@ def _tuned(
     recall: float,
     max_memory: int | None,
     note: Callable[[str], None],
-) -> tuple[TunedStored, Measured] | None:
+) -> tuple[Stored, Measured] | None:
     """The first type that reaches the target on both halves of the held-out vectors; None, and said so, without."""
     held_out = held_out_queries(len(ids))
-    first = held_out[::2]
-    truth = true_tenth(unit(halves[first]), unit_blocks(halves), len(halves))
+    queries = unit(halves[held_out])
+    others = (unit(block) for block in _blocks_without(halves, held_out))
+    truth = true_tenth(queries, others, len(halves) - len(held_out))
     names = candidate_types(len(ids), halves.shape[1], max_memory=max_memory)
     for name in names:
-        built = TunedStored(name, ids, halves, build(name, ids, halves, held_out=held_out))
+        built = build(name, ids, halves, held_out=held_out)
         asked = recall
         for _ in range(_TUNINGS):
-            tuned = tune(built, own=first, truth=truth, recall=asked)
+            tuned = tune(built, queries[::2], truth=truth[::2], recall=asked)
             if tuned is None:
                 break
-            measured = _measure(tuned)
+            measured = measure(tuned, queries[1::2], truth=truth[1::2])
             if measured.recall_at_10 >= recall:
+                add(tuned, held_out)
                 return tuned, measured
             asked += recall - measured.recall_at_10  # what held for one half did not for the other: ask for more
         note(f"{name} does not find {recall:.0%} of the 10 nearest of these vectors")
@@ -301,13 +307,16 @@ def _tuned(
     return None
 
 
-def _measure(stored: Stored) -> Measured:
-    """Of a tuned type, on the half of the held-out vectors that it was not tuned on."""
-    n = len(stored.ids)
-    exact = isinstance(stored, ExactStored)
-    own = held_out_queries(n, n_queries=_EXACT_QUERIES) if exact else held_out_queries(n)[1::2]
-    blocks = _blocks(stored.matrix) if exact else unit_blocks(stored.matrix)
-    return measure(stored, own, truth=true_tenth(stored.rows(own), blocks, n))
+def _exact_measured(dim: int, blocks: Iterator[tuple[np.ndarray, np.ndarray]]) -> tuple[Stored, Measured]:
+    stored = _exact(dim, blocks)
+    queries = stored.rows(held_out_queries(len(stored.ids), n_queries=_EXACT_QUERIES))
+    return stored, measure(stored, queries, truth=true_tenth(queries, _blocks(stored.matrix), len(stored.ids)))
+
+
+def _blocks_without(halves: np.ndarray, positions: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(halves), BLOCK):
+        block = halves[start : start + BLOCK]
+        yield np.delete(block, positions[(positions >= start) & (positions < start + len(block))] - start, axis=0)
 
 
 def _blocks(matrix: np.ndarray) -> Iterator[np.ndarray]:

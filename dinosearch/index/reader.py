@@ -372,8 +372,9 @@ def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str
 def unit(halves: np.ndarray) -> np.ndarray:
     """Stored float16 vectors as float32 [n, dim] of unit length, which rounding had changed by up to 5e-4."""
     vectors = halves.astype(np.float32)
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+    vectors /= np.maximum(norms, np.finfo(np.float32).tiny)[:, None]
+    return vectors
 
 
 def _options_of(stored: str) -> RootOptions:

@@ -1,14 +1,15 @@
 """The vectors of an opened generation, searched exactly or by a tuned FAISS type. Knows neither files nor the catalog.
 
-Both kinds give positions; ids and vectors are looked up by them. A tuned type finds candidates in its short codes and
-compares them again by the exact vectors, which lie beside it in float16, memory-mapped.
+All kinds give positions; ids and vectors are looked up by them. A tuned type finds candidates by its short codes; they
+are compared again by the exact vectors, which lie beside it in float16, memory-mapped.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -20,8 +21,6 @@ from dinosearch.index.reader import unit
 if TYPE_CHECKING:
     import faiss
 
-SPAN = 40
-"""Answers asked for that the tuned number of candidates is meant for; more answers need more candidates."""
 MOST_CANDIDATES = 4096
 """Beyond so many, comparing with all vectors is the better way."""
 _FOR_BLAS = 16  # queries from which matrix products are faster, 3 times here and 7 times at 300; FAISS waits for 334
@@ -51,7 +50,8 @@ class Stored(Protocol):
         """Unit vectors float32 [n_positions, dim]."""
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Positions int64 [n_queries, k] of near vectors, in no order, for float32 [n_queries, dim]; -1 for none."""
+        """Positions int64 [n_queries, k or more] of near vectors, in no order, for float32 [n_queries, dim]; -1 for
+        none."""
 
 
 @dataclass(frozen=True)
@@ -88,28 +88,35 @@ class ExactStored:
 
 @dataclass(frozen=True)
 class TunedStored:
-    """An inverted file of short codes, with the exact vectors beside it."""
+    """Short codes to find candidates by, with the exact vectors beside them; one class for each way to find them."""
 
     kind: str
     ids: np.ndarray
     halves: np.ndarray
     """float16 [n, dim]"""
-    index: faiss.IndexPreTransform
-    """An inverted file of projected vectors, under the same ids."""
-    nprobe: int = 1
-    """Lists looked into."""
-    rerank: int = SPAN
-    """Candidates compared exactly for up to SPAN answers."""
+    index: Any
+    """FAISS's, under the same ids."""
+    effort: int = 1
+    """How much is looked at: the more, the surer and the slower."""
+    rerank: int = 0
+    """Candidates compared exactly for up to `span` answers; more answers need more candidates."""
+
+    effort_name: ClassVar[str]
+    """FAISS's name of it."""
+    span: ClassVar[int]
+    reranks: ClassVar[tuple[int, ...]]
+    """Numbers of candidates worth a try, rising."""
+    enough: ClassVar[int]
+    """So many efforts that reach a target: beyond these, more was never faster."""
 
     @property
     def matrix(self) -> np.ndarray:
         return self.halves
 
     @property
-    def nlist(self) -> int:
-        import faiss
-
-        return int(faiss.extract_index_ivf(self.index).nlist)
+    def efforts(self) -> list[int]:
+        """Efforts worth a try, rising."""
+        raise NotImplementedError
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         return unit(self.halves[positions])
@@ -118,31 +125,84 @@ class TunedStored:
         n_candidates = self.n_candidates(k)
         if n_candidates >= min(MOST_CANDIDATES, len(self.ids)):
             return self._search_all(queries, k)
-        candidates = self.candidates(queries, n_candidates, nprobe=self.nprobe)
-        chunks = [slice(start, start + _CHUNK) for start in range(0, len(queries), _CHUNK)]
-
-        def best(chunk: slice) -> list[np.ndarray]:
-            return [self._best(query, near, k) for query, near in zip(queries[chunk], candidates[chunk], strict=True)]
-
-        found = in_threads(best, chunks, workers=n_cores()) if len(chunks) > 1 else map(best, chunks)
-        return np.array([row for rows in found for row in rows], dtype=np.int64).reshape(len(queries), k)
+        return self.candidates(queries, n_candidates, effort=self.effort)
 
     def n_candidates(self, k: int) -> int:
         """How many are compared exactly for k answers."""
-        return -(-self.rerank * max(k, SPAN) // SPAN)
+        return -(-self.rerank * max(k, self.span) // self.span)
 
-    def candidates(self, queries: np.ndarray, n: int, *, nprobe: int) -> np.ndarray:
-        """Positions int64 [n_queries, n] by the codes alone, nearest first; -1 where the lists held fewer."""
+    def candidates(self, queries: np.ndarray, n: int, *, effort: int) -> np.ndarray:
+        """Positions int64 [n_queries, n] by the codes alone, nearest first; -1 where fewer were found."""
+        _, ids = self.index.search(queries, n, params=self._parameters(effort))
+        positions = np.searchsorted(self.ids, ids)
+        positions[ids < 0] = -1
+        return positions
+
+    def _parameters(self, effort: int) -> faiss.SearchParameters:
+        raise NotImplementedError
+
+    def _search_all(self, queries: np.ndarray, k: int) -> np.ndarray:
+        if gpu_repays(len(queries)):
+            return nearest_by_torch(queries, self.halves, k, device="cuda")[0]
+        return nearest(queries, unit_blocks(self.halves), k)[0]
+
+
+class GraphStored(TunedStored):
+    """A graph of neighbours (HNSW) over codes of a byte for each number, both mapped from the file."""
+
+    effort_name = "efSearch"
+    span = 10
+    reranks = (12,)  # the codes put almost all in their right order
+    enough = 1
+
+    @property
+    def efforts(self) -> list[int]:
+        return [16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768]
+
+    def _parameters(self, effort: int) -> faiss.SearchParameters:
+        return _walk(effort)
+
+
+@functools.cache
+def _walk(effort: int) -> faiss.SearchParameters:
+    """Made once: that takes a tenth of a search."""
+    import faiss
+
+    parameters: Any = faiss  # its stubs lack the class
+    return parameters.SearchParametersHNSW(efSearch=effort)
+
+
+class ListsStored(TunedStored):
+    """An inverted file of product codes, which FAISS has to read into memory."""
+
+    effort_name = "nprobe"
+    span = 40
+    reranks = (40, 60, 80, 120, 160, 240, 320, 480, 640, 960, 1280)
+    enough = 4
+
+    @property
+    def efforts(self) -> list[int]:
+        """1, 2, 3, 4, 6, 8, 12 … up to all lists."""
         import faiss
 
-        lists = faiss.SearchParametersIVF()
-        lists.nprobe = nprobe
-        parameters = faiss.SearchParametersPreTransform()
-        parameters.index_params = lists
-        _, ids = self.index.search(queries, n, params=parameters)
-        return np.where(ids < 0, -1, np.searchsorted(self.ids, ids))
+        nlist = int(faiss.extract_index_ivf(self.index).nlist)
+        steps = [n for power in range(nlist.bit_length()) for n in (1 << power, 3 << power >> 1)]
+        return sorted({n for n in steps if n < nlist} | {nlist})
+
+    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+        found = super().search(queries, k)
+        if found.shape[1] <= k:
+            return found
+        chunks = [slice(start, start + _CHUNK) for start in range(0, len(queries), _CHUNK)]
+
+        def best(chunk: slice) -> list[np.ndarray]:
+            return [self._best(query, near, k) for query, near in zip(queries[chunk], found[chunk], strict=True)]
+
+        rows = in_threads(best, chunks, workers=n_cores()) if len(chunks) > 1 else map(best, chunks)
+        return np.array([row for some in rows for row in some], dtype=np.int64).reshape(len(queries), k)
 
     def _best(self, query: np.ndarray, near: np.ndarray, k: int) -> np.ndarray:
+        """The k best of many candidates; few are compared once, by who asked."""
         near = near[near >= 0]
         if len(near) > k:
             vectors = self.halves[near].astype(np.float32)
@@ -151,7 +211,16 @@ class TunedStored:
             return near[np.argpartition(scores, -k)[-k:]]
         return np.concatenate([near, np.full(k - len(near), -1)])
 
-    def _search_all(self, queries: np.ndarray, k: int) -> np.ndarray:
-        if gpu_repays(len(queries)):
-            return nearest_by_torch(queries, self.halves, k, device="cuda")[0]
-        return nearest(queries, unit_blocks(self.halves), k)[0]
+    def _parameters(self, effort: int) -> faiss.SearchParameters:
+        import faiss
+
+        lists = faiss.SearchParametersIVF()
+        lists.nprobe = effort
+        parameters = faiss.SearchParametersPreTransform()
+        parameters.index_params = lists
+        return parameters
+
+
+def tuned_class(kind: str) -> type[TunedStored]:
+    """Which way to find candidates FAISS's name of a type stands for."""
+    return GraphStored if "HNSW" in kind else ListsStored

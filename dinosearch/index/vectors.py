@@ -44,19 +44,23 @@ class Vectors:
         return len(self._newer_ids) + (len(self._stored.ids) if self._stored else 0)
 
     def search(self, queries: np.ndarray, k: int) -> Candidates:
-        """The k vectors of highest cosine for each query float32 [n_queries, dim]; k is at most len(self)."""
+        """The k vectors of highest cosine for each query float32 [n_queries, dim]; k is at most len(self), and some."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
+        stored, n_newer = self._stored, len(self._newer_ids)
+        found = stored.search(queries, min(k, len(stored.ids))) if stored else None  # [n_queries, k or more]
+        newer = nearest(queries, [self._newer], min(k, n_newer))[0] if n_newer else None  # [n_queries, k_newer]
         ids = np.full((len(queries), k), -1, dtype=np.int64)
         scores = np.full((len(queries), k), -np.inf)
-        newer, _ = nearest(queries, [self._newer], min(k, len(self._newer_ids)))  # [n_queries, k_newer]
-        stored = self._stored
-        found = stored.search(queries, min(k, len(stored.ids))) if stored else None  # [n_queries, k_stored]
         for row, query in enumerate(queries):
-            near, near_ids = self._newer[newer[row]], self._newer_ids[newer[row]]
+            parts = []
             if stored is not None and found is not None:
-                positions = found[row][found[row] >= 0]
-                near = np.concatenate([near, stored.rows(positions)])  # [k_newer + k_stored, dim]
-                near_ids = np.concatenate([near_ids, stored.ids[positions]])
+                positions = found[row]
+                if positions.min(initial=0) < 0:
+                    positions = positions[positions >= 0]
+                parts.append((stored.ids[positions], stored.rows(positions)))
+            if newer is not None:
+                parts.append((self._newer_ids[newer[row]], self._newer[newer[row]]))
+            near_ids, near = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
             near_scores = np.multiply(near, query, dtype=np.float64).sum(axis=1)
             best = np.lexsort((near_ids, -near_scores))[:k]
             ids[row, : len(best)], scores[row, : len(best)] = near_ids[best], near_scores[best]
