@@ -45,9 +45,8 @@ def index(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="auto, fp32, bf16 or int8, remembered. int8 is for CPUs and needs dinosearch[int8]; it costs about "
-            "a minute once per model and some accuracy, which is measured: below a mean cosine of 0.995 to fp32 it "
-            "is refused."
+            help="auto, fp32, bf16 or int8, remembered; int8 (CPU) costs about a minute once per model and some "
+            "accuracy: below a mean cosine of 0.995 to fp32 it is refused."
         ),
     ] = None,
     max_memory: Annotated[
