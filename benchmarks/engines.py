@@ -1,13 +1,16 @@
 """Images per second of each engine on this machine, side by side: OpenVINO, torch in float32 and in bfloat16.
 
     python benchmarks/engines.py --arch vit_small_patch16_224 --image-size 224
+    python benchmarks/engines.py --images photos/        # with OpenVINO's int8, which real images calibrate
 
 Rounds of the engines alternate, so that a busy machine slows all alike; the fastest round of each counts. Pixels are
-random and already decoded. Weights are random, which is all the same to speed. `cosine` is the least one to torch fp32.
+random, or of 64 images that calibrated nothing, and already decoded. Weights are random: all the same to speed.
+`cosine` is to torch fp32, of all 64 squares and of the worst.
 """
 
 import argparse
 import json
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch
 
 from dinosearch.encoder.encoder import Encoder, open_encoder
 from dinosearch.encoder.torch_engine import TorchEngine
-from dinosearch.images import n_cores
+from dinosearch.images import Fit, decode, n_cores
 from dinosearch.vit.folder import ModelFacts, ModelFolder, create_vit, save_model
 
 
@@ -28,6 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--arch-kwargs", type=json.loads, default={}, help='more arguments of timm, such as {"depth": 4}'
     )
+    parser.add_argument("--images", type=Path, help="a folder of JPEGs: at least 128, better 320")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to compare torch there with OpenVINO here")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -38,11 +42,19 @@ def main() -> None:
         model = random_model(Path(folder), options.arch, options.image_size, options.arch_kwargs)
         device = "torch-cpu" if options.device == "cpu" else options.device
         encoders = [
-            torch_encoder(model, device, torch.float32),
-            torch_encoder(model, device, torch.bfloat16),
+            torch_encoder(model, device, "fp32"),
+            torch_encoder(model, device, "bf16"),
             open_encoder(model, device="cpu"),
         ]
-        compare(encoders, seconds=options.seconds, rounds=options.rounds)
+        pixels = np.random.default_rng(0).integers(0, 256, (64, *2 * [options.image_size], 3), dtype=np.uint8)
+        if options.images:
+            squares = squares_of(options.images, encoders[0].fit)
+            pixels, rest = squares[:64], squares[64:]
+            began = time.perf_counter()
+            int8 = open_encoder(model, device="cpu", precision="int8", sample=lambda n: rest[:n], note=print)
+            print(f"{int8.engine}: ready after {time.perf_counter() - began:.0f} s")
+            encoders.append(int8)
+        compare(encoders, pixels, seconds=options.seconds, rounds=options.rounds)
 
 
 def random_model(folder: Path, arch: str, image_size: int, arch_kwargs: dict) -> ModelFolder:
@@ -51,23 +63,29 @@ def random_model(folder: Path, arch: str, image_size: int, arch_kwargs: dict) ->
     return save_model(folder / "random", create_vit(facts), facts, trained={})
 
 
-def torch_encoder(model: ModelFolder, device: str, precision: torch.dtype) -> Encoder:
+def torch_encoder(model: ModelFolder, device: str, precision: str) -> Encoder:
     return Encoder(model, TorchEngine(model, device=device, planned_images=None, note=print, precision=precision))
 
 
-def compare(encoders: list[Encoder], *, seconds: float, rounds: int) -> None:
-    side = encoders[0].fit.image_size
-    pixels = np.random.default_rng(0).integers(0, 256, (64, side, side, 3), dtype=np.uint8)
+def squares_of(folder: Path, fit: Fit) -> np.ndarray:
+    paths = sorted(folder.glob("*.jpg"))
+    random.Random(0).shuffle(paths)
+    return np.stack([decode(path.read_bytes(), fit).pixels for path in paths[:320]])
+
+
+def compare(encoders: list[Encoder], pixels: np.ndarray, *, seconds: float, rounds: int) -> None:
     vectors = [encoder.encode(pixels) for encoder in encoders]  # warms up, too
     best = [0.0] * len(encoders)
     for _ in range(rounds):
         for i, encoder in enumerate(encoders):
             best[i] = max(best[i], images_per_second(encoder, pixels, seconds))
-    print(f"{encoders[0].model.arch} at {side} px, {n_cores()} cores")
-    print(f"{'engine':<44} {'images/s':>9} {'ratio':>6} {'cosine':>8}")
+    print(f"{encoders[0].model.arch} at {pixels.shape[1]} px, {n_cores()} cores")
+    print(f"{'engine':<44} {'images/s':>9} {'ratio':>6} {'cosine':>8} {'least':>8}")
     for encoder, speed, found in zip(encoders, best, vectors, strict=True):
-        cosine = (found * vectors[0]).sum(1).min()
-        print(f"{encoder.engine:<44} {speed:>9.1f} {speed / best[0]:>6.2f} {cosine:>8.5f}")
+        cosines = (found * vectors[0]).sum(1)
+        print(
+            f"{encoder.engine:<44} {speed:>9.1f} {speed / best[0]:>6.2f} {cosines.mean():>8.5f} {cosines.min():>8.5f}"
+        )
 
 
 def images_per_second(encoder: Encoder, pixels: np.ndarray, seconds: float) -> float:

@@ -192,7 +192,7 @@ def index_once(folder: Path, model_path: Path, device: str) -> float:
             [folder],
             index_path=Path(temporary) / "index",
             model=model,
-            encoder_for=lambda n: open_encoder(model, device=device, planned_images=n),
+            encoder_for=lambda plan: open_encoder(model, device=device, planned_images=plan.images),
         )
         *_, last = progress
     assert last.summary.failed == 0

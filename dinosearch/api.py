@@ -33,6 +33,7 @@ from dinosearch.vit.resolve import resolve_model
 
 if TYPE_CHECKING:
     from dinosearch.encoder import Encoder
+    from dinosearch.index.embed import EncoderPlan
 
 PathLike = str | os.PathLike[str]
 Note = Callable[[str], None]
@@ -44,6 +45,7 @@ def build_index(
     name: str | None = None,
     model: str | None = None,
     device: str = "auto",
+    precision: str | None = None,
     exclude: Sequence[str] | None = None,
     include_hidden: bool | None = None,
     all_pages: bool | None = None,
@@ -54,7 +56,8 @@ def build_index(
     """Embed images into an index, or bring it up to date, and open it; what `dinosearch index` does.
 
     images: folders, archives, lists, tables, globs, URLs. model: a name in models/, a folder, `timm:NAME` or a
-    released file; the newest in models/ without. The options of a source are remembered where None.
+    released file; the newest in models/ without. precision: auto, fp32, bf16 or int8 (for processors; needs the extra
+    int8). It and the options of a source are as remembered where None.
     progress is called now and then; `index.summary` tells what was done. Images that cannot be read do not raise:
     `index.failures()` lists them.
     Raises DinosearchError, whose message says what to do; whatever ends it early, what was embedded is saved.
@@ -64,10 +67,12 @@ def build_index(
     index_path = index_for(sources, name=name, indexes=indexes_path())
     vit = resolve_model(model, models=models_path(), note=note)
 
-    def start_encoder(planned_images: int) -> Encoder:
+    def start_encoder(plan: EncoderPlan) -> Encoder:
         from dinosearch.encoder import open_encoder
 
-        return open_encoder(vit, device=device, planned_images=planned_images, note=note)
+        return open_encoder(
+            vit, device=device, planned_images=plan.images, precision=plan.precision, sample=plan.sample, note=note
+        )
 
     options = GivenOptions(None if exclude is None else tuple(exclude), include_hidden, all_pages)
     summary = None
@@ -78,6 +83,7 @@ def build_index(
         encoder_for=start_encoder,
         options=options,
         allow_deletions=allow_deletions,
+        precision=precision,
         note=note,
     )
     with closing(sync):
@@ -216,7 +222,7 @@ class Index:
                     f"the model that made {self.path} (fingerprint {self.fingerprint}) is not "
                     f"{self._model_spec or f'in {models_path()}/'}. Put it back, or say where it lies with model=…"
                 )
-            self._encoder = open_encoder(vit, device=self._device, note=self._note)
+            self._encoder = open_encoder(vit, device=self._device, precision=self._opened.precision, note=self._note)
         return self._encoder
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from indexing import write_images
 
 import dinosearch
+from dinosearch.encoder import quantization
 from dinosearch.errors import IndexNotFound, UsageError
 
 
@@ -115,3 +117,20 @@ def test_what_cannot_be_read_is_listed_not_raised():
     index = dinosearch.build_index("catalog")
     assert [(Path(failure.path).name, failure.status) for failure in index.failures()] == [("half.jpg", "truncated")]
     assert index.info().failed == 1
+
+
+def test_an_index_of_int8_is_asked_in_int8(home, monkeypatch):
+    monkeypatch.setattr(quantization, "LEAST_COSINE", 0.5)
+    write_images(home / "catalog" / "more", 60)
+    notes = []
+    index = dinosearch.build_index("catalog", precision="int8", device="cpu", note=notes.append)
+    assert index.summary.embedded == 84
+    assert any("mean cosine" in note for note in notes)
+    [match] = index.search("catalog/china/3.jpg", top=1)
+    assert (match.path, match.score) == (home / "catalog/china/3.jpg", pytest.approx(1, abs=1e-3))
+    assert "int8" in index._encoder.engine
+    shutil.rmtree(home / "models/tiny/cache")
+    with dinosearch.open_index("catalog", device="cpu") as opened:
+        [match] = opened.search("catalog/china/3.jpg", top=1)
+        assert (match.path, match.score) == (home / "catalog/china/3.jpg", pytest.approx(1, abs=0.05))
+        assert "int8" not in opened._encoder.engine

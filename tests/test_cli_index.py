@@ -77,6 +77,17 @@ def test_options_of_a_source_are_shown_and_said(work):
     assert synced["images"] == 10
 
 
+def test_the_precision_is_kept_and_said(work):
+    done = dinosearch("index", "catalog", "--device", "cpu", "--precision", "fp32", cwd=work)
+    assert "engine: OpenVINO fp32" in done.stderr
+    write_images(work / "catalog", 1)
+    done = dinosearch("index", "catalog", "--device", "cpu", cwd=work)
+    assert "catalog: precision fp32, as before" in done.stderr
+    assert "engine: OpenVINO fp32" in done.stderr
+    done = dinosearch("index", "catalog", "--precision", "int4", cwd=work, check=2)
+    assert "Choose auto, fp32, bf16 or int8" in done.stderr
+
+
 def test_failures_as_csv(work):
     (work / "catalog" / 'odd, "name".jpg').write_bytes(b"no image")
     dinosearch("index", "catalog", cwd=work, check=3)

@@ -2,17 +2,20 @@
 
 import os
 import signal
+import tarfile
 import threading
 import time
 
 import pytest
 from conftest import encoded
-from indexing import Workshop, a_model, last, write_image, write_images
+from indexing import ProjectingEncoder, Workshop, a_model, last, write_image, write_images
 from PIL import Image
 
 from dinosearch.images import workers
+from dinosearch.images.sources import open_sources
 from dinosearch.index.contents import failures, read_vectors
 from dinosearch.index.survey import GivenOptions
+from dinosearch.index.sync import sync_index
 
 ALL_PAGES = GivenOptions(all_pages=True)
 
@@ -120,3 +123,44 @@ def test_leaving_early_ends_all_processes_and_threads(shop):
         time.sleep(0.01)
     assert threading.active_count() == before
     assert shop.sync().embedded < 200
+
+
+def plan_of(shop, *sources):
+    """What the encoder is opened for, with a sample of ten and one of more than there are; and the pixels it sees."""
+    found = {}
+
+    def open_encoder(plan):
+        found["plan"], found["ten"], found["all"] = plan, plan.sample(10), plan.sample(1000)
+        return shop.encoder
+
+    shop.encoder = ProjectingEncoder(shop.model)
+    last(sync_index(sources, index_path=shop.index, model=shop.model, encoder_for=open_encoder, workers=2))
+    return found
+
+
+def test_a_sample_is_spread_over_the_images_and_decoded_as_they_are(shop):
+    for folder in "abcdefgh":
+        write_images(shop.root / folder, 20, seed=ord(folder) * 100)
+    (shop.root / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    found = plan_of(shop, shop.root)
+    assert found["plan"].images == 161
+    assert len(found["all"]) == 160
+    files, vectors = read_vectors(shop.index)
+    folder_of = {}
+    for sample in ("ten", "all"):
+        scores = shop.encoder.encode(found[sample]) @ vectors.T
+        assert scores.max(axis=1).min() > 0.9999
+        folder_of[sample] = {files[row].relative[0] for row in scores.argmax(axis=1)}
+    assert len(folder_of["ten"]) >= 4
+    assert folder_of["all"] == set("abcdefgh")
+
+
+def test_of_what_only_streams_the_first_images_are_a_sample(shop, tmp_path):
+    write_images(tmp_path / "some", 30)
+    with tarfile.open(tmp_path / "some.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "some", "some")
+    found = plan_of(shop, *open_sources([str(tmp_path / "some.tar.gz")]))
+    files, vectors = read_vectors(shop.index)
+    assert len(files) == len(found["all"]) == 30
+    scores = shop.encoder.encode(found["ten"]) @ vectors.T
+    assert sorted(files[row].member for row in scores.argmax(axis=1)) == [f"some/{i:04d}.png" for i in range(10)]

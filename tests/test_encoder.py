@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinosearch.encoder import Encoder, conversion, encoder, open_encoder
+from dinosearch.encoder import Encoder, cache, encoder, open_encoder
 from dinosearch.encoder.openvino_engine import OpenVINOEngine
 from dinosearch.encoder.torch_engine import TorchEngine
 from dinosearch.errors import DinosearchError, ModelMismatch, UsageError
@@ -52,7 +52,7 @@ def writable_model(tmp_path, tiny_model) -> ModelFolder:
 
 def opened(model: ModelFolder, engine: str) -> Encoder:
     if engine == "torch bf16":
-        options = {"device": "torch-cpu", "planned_images": None, "precision": torch.bfloat16}
+        options = {"device": "torch-cpu", "planned_images": None, "precision": "bf16"}
         return Encoder(model, TorchEngine(model, note=ignore, **options))
     return open_encoder(model, device=engine)
 
@@ -256,7 +256,7 @@ def test_a_models_folder_that_cannot_be_written_uses_the_temporary_one(writable_
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
     (tmp_path / "t").mkdir()
     writable_model.cache_path.write_text("a file in the way, which stops even the root user")
-    monkeypatch.setattr(conversion.os, "access", lambda _path, _mode: False)
+    monkeypatch.setattr(cache.os, "access", lambda _path, _mode: False)
     notes = []
     first = open_encoder(writable_model, device="cpu", note=notes.append).encode(squares(3))
     assert "cannot be written" in notes[1]
@@ -269,7 +269,7 @@ def test_a_temporary_folder_of_another_user_is_not_trusted(tmp_path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"dinosearch-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
-    assert conversion._own_temporary_path() not in (tmp_path / "elsewhere", tmp_path / f"dinosearch-{os.getuid()}")
+    assert cache._own_temporary_path() not in (tmp_path / "elsewhere", tmp_path / f"dinosearch-{os.getuid()}")
 
 
 @pytest.mark.parametrize("name", ["vit.bin", "vit.xml", "*.blob"])
@@ -291,3 +291,18 @@ def test_replaced_weights_are_not_embedded_under_the_old_fingerprint(writable_mo
     shutil.copy(other.weights_path, writable_model.weights_path)
     with pytest.raises(ModelMismatch):
         open_encoder(writable_model, device=device)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "torch-cpu"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_precision_that_is_asked_for_is_used_and_named(tiny_model, engine, precision):
+    found = open_encoder(tiny_model, device=engine, precision=precision)
+    pixels = squares(12)
+    least = {"fp32": 0.999999, "bf16": 0.999}[precision]
+    assert (found.encode(pixels) * reference(tiny_model, pixels)).sum(1).min() > least
+    assert precision in found.engine or "OpenVINO fp32" in found.engine  # of a processor without bf16
+
+
+def test_an_unknown_precision_is_a_usage_error(tiny_model):
+    with pytest.raises(UsageError, match="Choose auto, fp32, bf16 or int8"):
+        open_encoder(tiny_model, precision="int4")

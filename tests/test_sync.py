@@ -9,7 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from indexing import Workshop, a_model, last, never, read_in_this_process, set_age, write_image, write_images
+from indexing import (
+    ProjectingEncoder,
+    Workshop,
+    a_model,
+    last,
+    never,
+    read_in_this_process,
+    set_age,
+    write_image,
+    write_images,
+)
 from PIL import Image
 
 from dinosearch.errors import DinosearchError, IndexLocked, IndexNotFound, UsageError
@@ -648,3 +658,36 @@ def test_the_real_encoder_gives_the_vectors_of_its_own_encode(jpeg_folder, tiny_
     files, vectors = read_vectors(tmp_path / "index")
     pixels = np.stack([decode(file.path.read_bytes(), encoder.fit).pixels for file in files])
     assert ((vectors * encoder.encode(pixels)).sum(axis=1) > 0.9999).all()
+
+
+def test_the_precision_is_remembered_handed_to_the_encoder_and_said(shop):
+    plans = []
+
+    def sync(**options):
+        shop.notes.clear()
+        encoder = ProjectingEncoder(shop.model)
+        return last(
+            sync_index(
+                [shop.root], index_path=shop.index, model=shop.model, note=shop.notes.append,
+                encoder_for=lambda plan: plans.append(plan) or encoder, **options,
+            )
+        )  # fmt: skip
+
+    for number, (asked, precision, said) in enumerate(
+        [
+            (None, "auto", []),
+            ("int8", "int8", []),
+            (None, "int8", ["images: precision int8, as before"]),
+            ("auto", "auto", []),
+            (None, "auto", []),
+        ]
+    ):
+        write_image(shop.root / f"new-{number}.png", 1000 + number)
+        summary = sync(precision=asked)
+        assert summary.embedded == (21 if number == 0 else 1)  # another precision makes nothing anew
+        assert (plans[-1].precision, plans[-1].images) == (precision, summary.embedded)
+        assert shop.notes == said
+        with open_index(shop.index) as opened:
+            assert opened.precision == precision
+    with pytest.raises(UsageError, match="no precision 'int4'"):
+        sync(precision="int4")

@@ -48,7 +48,9 @@ def query(
 
     with open_index(index_path, note=show.note) as opened:
         vit = _model_of(opened.fingerprint, index_path, model)
-        encoder = open_encoder(vit, device=device, planned_images=len(images), note=show.note)
+        encoder = open_encoder(
+            vit, device=device, planned_images=len(images), precision=opened.precision, note=show.note
+        )
         answers = query_images(opened, encoder, images, top=top, where=where or [])
         n_failed = 0
         for image, answer in zip(images, answers, strict=True):

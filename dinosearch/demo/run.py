@@ -194,10 +194,11 @@ class _Demo:
 
     def index(self, model: ModelFolder, name: str) -> Path:
         from dinosearch.encoder import Encoder, open_encoder
+        from dinosearch.index.embed import EncoderPlan
         from dinosearch.index.sync import sync_index
 
-        def start(planned_images: int) -> Encoder:
-            return open_encoder(model, device=self.device, planned_images=planned_images, note=self.note)
+        def start(plan: EncoderPlan) -> Encoder:
+            return open_encoder(model, device=self.device, planned_images=plan.images, note=self.note)
 
         path = self.folder / "indexes" / name
         sync = sync_index(

@@ -4,16 +4,12 @@ The form takes uint8 [n, S, S, 3] for any n and gives float32 [n, dim], not of u
 Its weights are stored in half precision, which moves vectors by less than bf16 does.
 """
 
-import contextlib
-import os
-import shutil
-import stat
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from dinosearch.encoder.cache import keep_form, kept_form
 from dinosearch.vit.folder import ModelFolder, Note
 
 if TYPE_CHECKING:
@@ -42,68 +38,17 @@ def import_openvino() -> Any:
 def converted_path(model: ModelFolder, *, note: Note) -> Path:
     """The folder of the converted form (`vit.xml`, `vit.bin`), made if need be.
 
-    It appears whole or not at all, under the model's fingerprint. Where the model's folder cannot be written, it is
-    kept in a folder of this user's among the system's temporary ones. Raises ModelMismatch if the weights are others.
+    Raises ModelMismatch if the weights are not the model's.
     """
-    wanted = model.cache_path / f"openvino-{model.fingerprint}"
-    if _is_whole(wanted):
-        return wanted
-    spare = _own_temporary_path() / wanted.name
-    if _is_whole(spare) and not os.access(model.path, os.W_OK):
-        return spare
+    if path := kept_form(model, "openvino"):
+        return path
     model.verify()
     note(f"converting {model.name} for this processor, once (imports torch, takes some seconds)")
-    try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        return _convert_into(model, wanted)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        note(f"{wanted.parent} cannot be written ({reason}); the converted form is kept in {spare.parent}")
-        return _convert_into(model, spare)
 
+    def write(path: Path) -> None:
+        import_openvino().save_model(_graph(model), str(path / "vit.xml"), compress_to_fp16=True)
 
-def _is_whole(path: Path) -> bool:
-    return (path / "vit.xml").is_file() and (path / "vit.bin").is_file()
-
-
-def discard(path: Path) -> None:
-    """Remove a converted form that cannot be read, so that the next `converted_path` makes it anew."""
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _own_temporary_path() -> Path:
-    """A folder that outlives the process and that no other user can have filled."""
-    if not hasattr(os, "getuid"):  # Windows: temporary folders are the user's own
-        path = Path(tempfile.gettempdir()) / "dinosearch"
-        path.mkdir(exist_ok=True)
-        return path
-    path = Path(tempfile.gettempdir()) / f"dinosearch-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    facts = path.lstat()
-    if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid():
-        return path
-    return Path(tempfile.mkdtemp(prefix="dinosearch-"))
-
-
-def _convert_into(model: ModelFolder, path: Path) -> Path:
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=".openvino-"))
-    try:
-        openvino = import_openvino()
-        openvino.save_model(_graph(model), str(aside / "vit.xml"), compress_to_fp16=True)
-        for name in ("vit.bin", "vit.xml"):
-            with (aside / name).open("rb+") as file:
-                os.fsync(file.fileno())
-        aside.chmod(0o755)
-        discard(path)
-        try:
-            aside.rename(path)
-        except OSError:
-            if not (path / "vit.xml").is_file():  # else another process was faster, with the same result
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return path
+    return keep_form(model, "openvino", write, note=note)
 
 
 def _graph(model: ModelFolder) -> "openvino.Model":

@@ -8,12 +8,14 @@ batch runs as fast as a fixed one.
 import contextlib
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinosearch.encoder.conversion import converted_path, discard, import_openvino
+from dinosearch.encoder.cache import discard
+from dinosearch.encoder.conversion import converted_path, import_openvino
 from dinosearch.errors import DinosearchError
 from dinosearch.images import n_cores
 from dinosearch.vit.folder import ModelFolder, Note
@@ -25,26 +27,43 @@ MOST_PER_BATCH = 32
 
 
 class OpenVINOEngine:
-    """Vectors of whole batches, several requests at once. `few` images: all cores on one request, for latency."""
+    """Vectors of whole batches, several requests at once. `few` images: all cores on one request, for latency.
 
-    def __init__(self, model: ModelFolder, *, few: bool, note: Note) -> None:
+    `precision` is auto (bf16 where the chip has it), fp32 or bf16; or int8, for which `form` gives the quantised form,
+    what it leaves in floating point runs as with auto. `form` is the folder that is run, made if need be; it is called
+    again if what it gave cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: ModelFolder,
+        *,
+        few: bool,
+        note: Note,
+        precision: str = "auto",
+        form: Callable[[], Path] | None = None,
+    ) -> None:
         openvino = import_openvino()
         core = openvino.Core()
-        precision = "bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+        has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and not has_bf16:
+            note("this processor has no bf16; going on in fp32")
+        floating = "bf16" if has_bf16 and precision != "fp32" else "fp32"
         settings = {
             "PERFORMANCE_HINT": "LATENCY" if few else "THROUGHPUT",
-            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_PRECISION_HINT": floating.replace("fp32", "f32"),
             "INFERENCE_NUM_THREADS": n_cores(),
             # Decoding threads and other processes use the same cores; pinned threads would wait for each other.
             "ENABLE_CPU_PINNING": False,
         }
-        path = converted_path(model, note=note)
+        form = form or partial(converted_path, model, note=note)
+        path = form()
         try:
             self._compiled = _compile(core, path, settings)
         except RuntimeError as error:  # all of OpenVINO's
             note(f"the converted form of {model.name} is damaged ({_last_line(error)}); making it again")
             discard(path)
-            path = converted_path(model, note=note)
+            path = form()
             try:
                 self._compiled = _compile(core, path, settings)
             except RuntimeError as still:
@@ -55,7 +74,7 @@ class OpenVINOEngine:
         n_streams = self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self.in_flight = 1 if few else n_streams + 1
         self.batch = max(1, min(MOST_PER_BATCH, PIXELS_PER_BATCH // model.image_size**2))
-        self.name = f"OpenVINO {precision.replace('f32', 'fp32')}, {n_cores()} thread{'s' * (n_cores() > 1)}"
+        self.name = f"OpenVINO {'int8' if precision == 'int8' else floating}, {n_cores()} thread{'s' * (n_cores() > 1)}"
 
     def start(self, pixels: np.ndarray) -> Callable[[], np.ndarray]:
         """uint8 [n, S, S, 3] → a function that waits for float32 [n, dim]."""

@@ -27,7 +27,7 @@ MOST_PER_BATCH = 1024
 class TorchEngine:
     """Vectors of whole batches; on CUDA, copies from pinned memory run beside the work, a partial batch is padded.
 
-    `precision` defaults to bfloat16 on CUDA GPUs that have it and float32 elsewhere.
+    `precision` is fp32, bf16 or auto: bf16 on CUDA GPUs that have it, fp32 elsewhere.
     """
 
     def __init__(
@@ -37,11 +37,15 @@ class TorchEngine:
         device: str,
         planned_images: int | None,
         note: Note,
-        precision: torch.dtype | None = None,
+        precision: str = "auto",
     ) -> None:
         self._device = torch.device("cpu" if device == "torch-cpu" else device)
         on_gpu = self._device.type == "cuda"
-        self._precision = precision or (torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32)
+        has_bf16 = not on_gpu or torch.cuda.is_bf16_supported()
+        if precision == "bf16" and not has_bf16:
+            note("this GPU has no bf16; going on in fp32")
+        in_bf16 = has_bf16 and (precision == "bf16" or (precision == "auto" and on_gpu))
+        self._precision = torch.bfloat16 if in_bf16 else torch.float32
         model.verify()
         vit = model.load_vit()
         skip_unread_tokens(vit, image_size=model.image_size)

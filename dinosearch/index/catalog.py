@@ -205,6 +205,10 @@ class Catalog(CatalogReader):
         """Want so many of the 10 nearest found, from the next generation on."""
         self._write("INSERT OR REPLACE INTO meta VALUES ('recall', ?)", [(str(recall),)])
 
+    def set_precision(self, precision: str) -> None:
+        """Have images embedded, and the index asked, in this precision from now on, for all encoders that have it."""
+        self._write("INSERT OR REPLACE INTO meta VALUES ('precision', ?)", [(precision,)])
+
     def set_model(self, *, fingerprint: str, model: str, dim: int) -> None:
         """Let the vectors of another model answer from the next commit on."""
         meta = {"fingerprint": fingerprint, "model": model, "dim": str(dim)}

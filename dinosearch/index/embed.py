@@ -9,6 +9,7 @@ the caller's thread waits, so that never more than one of them is in memory.
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 import time
 from collections import Counter, defaultdict
@@ -67,6 +68,18 @@ class _Frame(NamedTuple):
     height: int
 
 
+@dataclass(frozen=True)
+class EncoderPlan:
+    """What an encoder is to be opened for."""
+
+    images: int
+    """Files that are to be read."""
+    precision: str
+    """As `dinosearch.encoder.open_encoder` takes it: what the index was asked for last."""
+    sample: Callable[[int], np.ndarray]
+    """Up to so many of the images, decoded: uint8 [n, S, S, 3]. Reads them when it is called."""
+
+
 class Embedding:
     """One run over the files that have to be read. `run` yields now and then; the counts tell how far it came."""
 
@@ -75,7 +88,7 @@ class Embedding:
         catalog: Catalog,
         *,
         model: ModelFolder,
-        encoder_for: Callable[[int], Encoder],
+        encoder_for: Callable[[EncoderPlan], Encoder],
         limits: Limits,
     ) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -90,7 +103,7 @@ class Embedding:
         self._fit = Fit(model.image_size, mode=model.fit, crop_pct=model.crop_pct, interpolation=model.interpolation)
         self._encoder_for = encoder_for
         self._encoder: Encoder | None = None
-        self._n_wanted = 0
+        self._wanted: Sequence[Wanted] = ()
         self._keys = limits.decoder_keys()
         self._limits = limits
         self._pool = DecodePool(
@@ -136,7 +149,7 @@ class Embedding:
     def run(self, wanted: Sequence[Wanted]) -> Iterator[None]:
         """Read all; whatever ends this early, what was embedded is saved."""
         self._began = self._saved = time.monotonic()
-        self._n_wanted = len(wanted)
+        self._wanted = wanted
         workers = self._limits.workers
         ahead = max(2 * workers, min(16 * workers, self._limits.ahead_bytes // (3 * self._fit.image_size**2)))
         results = in_threads(
@@ -222,7 +235,8 @@ class Embedding:
         """Feed the encoder with this file and those that come, until there has been nothing for a while."""
         if self._encoder is None:
             began = time.monotonic()
-            self._encoder = self._encoder_for(self._n_wanted)
+            plan = EncoderPlan(len(self._wanted), self._catalog.precision() or "auto", self._sample)
+            self._encoder = self._encoder_for(plan)
             self._engine_seconds = time.monotonic() - began
         for frames, vectors in self._encoder.stream(self._squares(file, pixels, files)):
             assert vectors.shape == (len(frames), self._dim)
@@ -234,6 +248,31 @@ class Embedding:
                 self._store(frames, vectors)
             self._save_if_due()
             yield
+
+    def _sample(self, n: int) -> np.ndarray:
+        """Squares of files drawn from all; of sources that only stream, the first ones where the others do not suffice.
+
+        Runs while the reader threads have read ahead as far as they may.
+        """
+        alone = [wanted for wanted in self._wanted if not wanted.source.sequential]
+        chosen = random.Random(0).sample(alone, min(n, len(alone)))
+        chosen += [wanted for wanted in self._wanted if wanted.source.sequential][: n - len(chosen)]
+
+        def square_of(reading: Reading) -> np.ndarray | None:
+            try:
+                with self._opened(reading) as opened:
+                    return opened.decode().pixels
+            except BadImage:
+                return None
+
+        workers = self._limits.workers
+        squares = [
+            square
+            for square in in_threads(square_of, readings(chosen), workers=workers, ahead=2 * workers)
+            if square is not None
+        ]
+        side = self._fit.image_size
+        return np.stack(squares) if squares else np.empty((0, side, side, 3), np.uint8)
 
     def _squares(
         self, file: _File, pixels: np.ndarray | None, files: Iterator[tuple[_File, np.ndarray | None]]

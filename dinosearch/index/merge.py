@@ -80,6 +80,8 @@ def merge_indexes(index_paths: Sequence[Path], *, into: Path) -> Generator[Merge
             merged.set_content_hash(first.meta("content_hash"))
             if (recall := first.recall()) is not None:
                 merged.set_recall(recall)
+            if (precision := first.precision()) is not None:
+                merged.set_precision(precision)
             done = 0
             for root, parts in _roots(catalogs).items():
                 number = merged.add_root(parts[0][1].kind, root)

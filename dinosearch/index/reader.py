@@ -75,6 +75,11 @@ class CatalogReader:
         rows = self._rows("SELECT value FROM meta WHERE key = 'recall'")
         return float(rows[0][0]) if rows else None
 
+    def precision(self) -> str | None:
+        """What the encoder is to compute in; None where nobody asked for another than the usual."""
+        rows = self._rows("SELECT value FROM meta WHERE key = 'precision'")
+        return str(rows[0][0]) if rows else None
+
     def shard(self) -> str | None:
         """i/n, if the index is one of n parts."""
         rows = self._rows("SELECT value FROM meta WHERE key = 'shard'")

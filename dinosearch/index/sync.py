@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dinosearch.encoder.encoder import check_precision
 from dinosearch.errors import DinosearchError, IndexNotFound, UsageError
 from dinosearch.images.decode import BadImage, content_hash
 from dinosearch.images.machine import n_cores
@@ -27,7 +28,7 @@ from dinosearch.images.sources import known_source
 from dinosearch.index import generation
 from dinosearch.index.catalog import Catalog, is_index
 from dinosearch.index.compare import Changes, DecoderKeys, View, Wanted, compare, match_moves, refuse_mass_deletion
-from dinosearch.index.embed import Embedding
+from dinosearch.index.embed import Embedding, EncoderPlan
 from dinosearch.index.limits import limits_for
 from dinosearch.index.lock import writer_lock
 from dinosearch.index.reading import Reading, readings
@@ -87,7 +88,7 @@ def sync_index(
     *,
     index_path: Path,
     model: ModelFolder,
-    encoder_for: Callable[[int], Encoder],
+    encoder_for: Callable[[EncoderPlan], Encoder],
     options: GivenOptions | None = None,
     shard: Shard | None = None,
     allow_deletions: bool = False,
@@ -96,22 +97,25 @@ def sync_index(
     workers: int | None = None,
     max_memory: int | None = None,
     recall: float | None = None,
+    precision: str | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Generator[SyncProgress, None, None]:
     """Make or update the index in `index_path` from sources, or folders; those it has besides stay as they are.
 
     With another model than the index answers with, all its sources are embedded anew beside the old vectors, which
-    answer until everything is there. `encoder_for` is called once something has to be embedded, never before, with
-    the number of files that are to be read.
+    answer until everything is there. `encoder_for` is called once something has to be embedded, never before.
     `options` are remembered with each source. `shard` takes only that part of the images, and is the index's for
     good. `allow_deletions` accepts that more than 20 % of a source's files are gone; `verify` reads unchanged files
     too; `prune` forgets vectors that no file needs. `recall`, remembered by the index, is the share of the 10 nearest
-    that a large index must find. Close the generator (`contextlib.closing`) when leaving it early:
-    that saves what was embedded.
+    that a large index must find. `precision`, remembered too, is what the encoder is asked to compute in; images that
+    have vectors keep them, since those of all precisions agree. Close the generator (`contextlib.closing`) when leaving
+    it early: that saves what was embedded.
     Raises DinosearchError when a source is missing, empty, half gone or inside another one, and IndexLocked.
     """
     began = time.monotonic()
     options = options or GivenOptions()
+    if precision is not None:
+        check_precision(precision)
     limits = limits_for(model, workers=workers or n_cores(), max_memory=max_memory)
     asked = _as_sources(sources)
     yield SyncProgress("scan")
@@ -127,6 +131,7 @@ def sync_index(
         catalog.finish_erasure()
         if recall is not None:
             catalog.set_recall(recall)
+        _set_precision(catalog, precision, note)
         shard = _own_shard(catalog, shard, note)
         roots = {root.location: root for root in catalog.roots().values()}
         switching = catalog.fingerprint != model.fingerprint
@@ -243,6 +248,15 @@ def _own_shard(catalog: Catalog, shard: Shard | None, note: Callable[[str], None
     if own and not shard:
         note(f"{catalog.path.parent.name} holds shard {own}: other images are passed over")
     return Shard.parse(own) if own else None
+
+
+def _set_precision(catalog: Catalog, precision: str | None, note: Callable[[str], None]) -> None:
+    """What was asked for is remembered, also where it cannot be had: then the encoder computes in the usual one."""
+    before = catalog.precision() or "auto"
+    if precision is not None:
+        catalog.set_precision(precision)
+    elif before != "auto":
+        note(f"{catalog.path.parent.name}: precision {before}, as before")
 
 
 def _known_names(catalog: Catalog, root: Root | None) -> list[str]:

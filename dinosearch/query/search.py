@@ -91,6 +91,11 @@ class OpenIndex:
     def dim(self) -> int:
         return int(self._catalog.meta("dim"))
 
+    @property
+    def precision(self) -> str:
+        """What the index was asked to be embedded in. Another one serves, too: their vectors agree."""
+        return self._catalog.precision() or "auto"
+
     def search(self, vectors: np.ndarray, *, top: int = 10, where: Sequence[str] = ()) -> list[list[Match]]:
         """The `top` files of highest cosine similarity for each unit vector float32 [n, dim], best first.
 
