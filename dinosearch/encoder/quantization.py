@@ -33,7 +33,7 @@ LEAST_COSINE = 0.995
 """Mean cosine to fp32 below which int8 is refused: nearest neighbours change from there on."""
 
 N_SAMPLE = 256
-"""Squares of a sample. Making the form of ViT-S/16 at 224 px of them takes 47 s on two cores, of a small ViT 5 to 10 s."""
+"""Squares of a sample. Of them the form of ViT-S/16 at 224 px takes 47 s on two cores, of a small ViT 5 to 10 s."""
 LEAST_SAMPLE = 64
 """With fewer neither the ranges nor the cosine mean much."""
 
