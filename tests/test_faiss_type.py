@@ -32,7 +32,8 @@ def asked(stored, others):
 
 def test_types_follow_the_number_of_vectors_and_the_memory():
     quarter, half = "PCAR96,IVF4096,PQ96x4fsr", "PCAR192,IVF4096,PQ192x4fsr"
-    assert candidate_types(1_000_000, 384, max_memory=10**9) == [GRAPH, quarter, half]
+    assert candidate_types(1_000_000, 384, max_memory=500 << 20) == [quarter, half]
+    assert candidate_types(1_000_000, 384, max_memory=10**9) == [GRAPH]
     assert candidate_types(200_000, 384, max_memory=10**8) == ["PCAR96,IVF2048,PQ96x4fsr", "PCAR192,IVF2048,PQ192x4fsr"]
     assert candidate_types(1_000_000, 384, max_memory=80 << 20) == [quarter]
     assert candidate_types(1_000_000, 384, max_memory=1 << 20) == []

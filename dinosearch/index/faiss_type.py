@@ -62,13 +62,14 @@ class Measured:
 def candidate_types(n: int, dim: int, *, max_memory: int | None = None) -> list[str]:
     """FAISS factory strings to try in turn, quickest first; none where only exact search is left.
 
+    Where a graph fits there is nothing else to try: vectors in which it misses the target have no order for lists either.
     max_memory: bytes that building, or a reader's private memory, may take; by default a quarter of the machine's.
     """
     nlist = 1 << max(4, round(np.log2(4 * n**0.5)))
     budget = memory_bytes() * _SHARE_OF_MEMORY if max_memory is None else max_memory
     names = []
     if dim >= _LEAST_DIM and n * (2 * dim + _GRAPH_BYTES) <= budget:
-        names.append(f"IDMap,HNSW{_LINKS}_SQfp16")
+        return [f"IDMap,HNSW{_LINKS}_SQfp16"]
     for share in (4, 2):
         kept = dim // share
         if kept >= _LEAST_KEPT and n * (kept / 2 + 8) + 4 * kept * (nlist + dim) <= budget:
