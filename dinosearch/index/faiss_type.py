@@ -1,7 +1,7 @@
 """Which FAISS type suits so many vectors, trained on a sample and tuned until it finds what it should.
 
 Below EXACT_BELOW vectors everything is compared with everything. Above it a graph of neighbours is walked (HNSW) whose
-codes are a byte for each number, and the best candidates are compared exactly. Graph and codes are mapped from the
+codes are two bytes for each number, and the best candidates are compared exactly. Graph and codes are mapped from the
 file, so a reader needs next to no memory of its own. Where memory does not suffice to build that, an inverted file
 of 4-bit product codes is scanned: of the quarter of the directions that varies most, turned at random, half of a byte
 for each (`PCAR{m},IVF{nlist},PQ{m}x4fsr`); with half of the directions if that is not enough. Measured on one core with
