@@ -63,6 +63,18 @@ def test_a_catalog_that_was_moved_is_relocated(work):
     assert (synced["index"], synced["unchanged"], synced["embedded"]) == ("catalog", 10, 0)
     [answer] = json_of("query", "cat.jpg", "--top", "1", cwd=work)
     assert answer["matches"][0]["path"] == "photos/0.jpg"
+    (work / "photos").rename(work / "again")
+    [relocated] = json_of("relocate", "photos", "again", cwd=work)
+    assert relocated["sources"] == {"photos": "again"}
+    [info] = json_of("info", cwd=work)
+    assert [source["location"] for source in info["sources"]] == info["roots"] == ["again"]
+
+
+def test_an_export_says_where_it_is_byte_for_byte(work):
+    dinosearch("index", "catalog", cwd=work)
+    name = os.fsdecode(b"caf\xe9")
+    done = dinosearch("export", "catalog", "--to", "npy", "--out", name, cwd=work)
+    assert done.stdout.splitlines() == [f"{name}.npy", f"{name}.csv"]
 
 
 def test_options_of_a_source_are_shown_and_said(work):

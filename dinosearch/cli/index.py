@@ -139,6 +139,8 @@ def info(index: IndexOption = None, as_json: JsonOption = False) -> None:
 
     facts = asdict(index_info(chosen_index(index)))
     facts["roots"] = [show.shown(root) for root in facts["roots"]]
+    for source in facts["sources"]:
+        source["location"] = show.shown(source["location"])
     if as_json:
         show.json_line(facts)
         return
@@ -187,7 +189,7 @@ def chosen_index(spec: str | None) -> Path:
 def _source_line(source: dict[str, Any]) -> str:
     options = [f"without {pattern}" for pattern in source["exclude"]]
     options += ["with hidden names"] * source["include_hidden"] + ["every page"] * source["all_pages"]
-    return f"{source['kind']} {show.shown(source['location'])}" + (f" ({', '.join(options)})" if options else "")
+    return f"{source['kind']} {source['location']}" + (f" ({', '.join(options)})" if options else "")
 
 
 def _details(progress: "SyncProgress") -> str:
