@@ -15,8 +15,10 @@ import pytest
 from indexing import write_images
 from test_cli import dinosearch, environment, json_of, lay_out
 
+from dinosearch.cli.index import index
 from dinosearch.errors import IndexNotFound
 from dinosearch.index.contents import read_vectors
+from dinosearch.index.sync import sync_index
 from dinosearch.query.search import open_index
 
 
@@ -116,6 +118,25 @@ def test_watch_takes_in_what_changes_until_it_is_interrupted(work):
         dinosearch("forget", "catalog/copy.jpg", cwd=work)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
+
+
+def test_following_begins_with_one_sync(work, monkeypatch):
+    monkeypatch.chdir(work)
+    syncs = []
+
+    def counted(*arguments, **options):
+        syncs.append(arguments)
+        return sync_index(*arguments, **options)
+
+    def keep_synced(sources, sync, **_):
+        sync(sources)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinosearch.index.sync.sync_index", counted)
+    monkeypatch.setattr("dinosearch.index.watch.keep_synced", keep_synced)
+    with pytest.raises(KeyboardInterrupt):
+        index(["catalog"], watch=True)
+    assert len(syncs) == 1
 
 
 @pytest.mark.parametrize("command", [("query", "cat.jpg"), ("info",), ("failures",), ("index", "catalog")])

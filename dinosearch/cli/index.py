@@ -121,11 +121,25 @@ def index(
             )
         )
 
-    summary = sync(opened, verify=verify)
-    _print_summary(summary, as_json=as_json)
+    def first_sync() -> "SyncSummary":
+        summary = sync(opened, verify=verify)
+        _print_summary(summary, as_json=as_json)
+        return summary
+
+    following = False
+
+    def follow(due: "Sequence[Source]") -> None:
+        nonlocal following
+        if following:
+            _print_changes(sync(due), as_json)
+        else:
+            first_sync()
+            show.note("following; Ctrl-C ends it")
+            following = True
+
     if watch:
-        show.note("following; Ctrl-C ends it")
-        keep_synced(opened, lambda due: _print_changes(sync(due), as_json), index_path=index_path, note=show.note)
+        keep_synced(opened, follow, index_path=index_path, note=show.note)
+    summary = first_sync()
     if summary.failed:
         raise typer.Exit(SOME_FAILED)
 
