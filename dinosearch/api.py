@@ -24,7 +24,7 @@ from dinosearch.errors import DinosearchError, ModelMismatch
 from dinosearch.images.sources import open_sources
 from dinosearch.index.contents import Failure, IndexedFile, IndexInfo, failures, index_info
 from dinosearch.index.locate import index_for, indexes_path, resolve_index
-from dinosearch.index.survey import GivenOptions
+from dinosearch.index.survey import GivenOptions, Shard
 from dinosearch.index.sync import SyncProgress, SyncSummary, sync_index
 from dinosearch.query.search import Match, image_vectors
 from dinosearch.query.search import open_index as open_for_search
@@ -49,6 +49,11 @@ def build_index(
     exclude: Sequence[str] | None = None,
     include_hidden: bool | None = None,
     all_pages: bool | None = None,
+    shard: str | None = None,
+    recall: float | None = None,
+    max_memory: int | None = None,
+    verify: bool = False,
+    prune: bool = False,
     allow_deletions: bool = False,
     progress: Callable[[SyncProgress], None] = lambda _: None,
     note: Note = lambda _: None,
@@ -58,13 +63,18 @@ def build_index(
     images: folders, archives, lists, tables, globs, URLs. model: a name in models/, a folder, `timm:NAME` or a
     released file; the newest in models/ without. precision: auto, fp32, bf16 or int8 (for processors; needs the extra
     int8). It and the options of a source are as remembered where None.
+    shard: "1/4" takes only the first of four parts, for `merge`.
+    recall: share of the 10 nearest that a large index must find, 0.5 to 1; 0.95 without.
+    max_memory: bytes, at most so many are used.
+    verify: read unchanged files too, to find altered ones.
+    prune: forget the vectors that no file needs any more.
     progress is called now and then; `index.summary` tells what was done. Images that cannot be read do not raise:
     `index.failures()` lists them.
     Raises DinosearchError, whose message says what to do; whatever ends it early, what was embedded is saved.
     """
     specs = [images] if isinstance(images, str | os.PathLike) else images
     sources = open_sources(os.fspath(spec) for spec in specs)
-    index_path = index_for(sources, name=name, indexes=indexes_path())
+    index_path = index_for(sources, name=name, indexes=indexes_path(), shard=shard)
     vit = resolve_model(model, models=models_path(), note=note)
 
     def start_encoder(plan: EncoderPlan) -> Encoder:
@@ -82,6 +92,11 @@ def build_index(
         model=vit,
         encoder_for=start_encoder,
         options=options,
+        shard=Shard.parse(shard) if shard else None,
+        recall=recall,
+        max_memory=max_memory,
+        verify=verify,
+        prune=prune,
         allow_deletions=allow_deletions,
         precision=precision,
         note=note,

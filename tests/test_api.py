@@ -1,6 +1,7 @@
 """The Python API: small, typed, and the same answers as the commands."""
 
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,27 @@ def test_a_table_narrows_the_search():
     assert [(m.path, m.score) for m in matches] == [(m.path, m.score) for m in kept]
     with pytest.raises(UsageError, match="no column 'size'"):
         index.search("catalog/china/3.jpg", where=["size=1"])
+
+
+@pytest.mark.usefixtures("home")
+def test_the_options_of_the_command_do_the_same_here():
+    parts = [dinosearch.build_index("catalog", shard=f"{part}/2", max_memory=8 << 30) for part in (1, 2)]
+    assert [part.name for part in parts] == ["catalog-shard-1-of-2", "catalog-shard-2-of-2"]
+    assert sum(map(len, parts)) == 24
+    index = dinosearch.build_index("catalog", recall=0.9)
+    assert index.info().faiss.recall_target in (None, 0.9)
+    file = Path("catalog/china/0.jpg")
+    before = file.stat()
+    altered = bytearray(file.read_bytes())
+    altered[-100] ^= 1
+    file.write_bytes(altered)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert dinosearch.build_index("catalog").summary.changed == 0
+    verified = dinosearch.build_index("catalog", verify=True)
+    assert (verified.summary.changed, verified.info().vectors) == (1, 25)
+    assert dinosearch.build_index("catalog", prune=True).info().vectors == 24
+    with pytest.raises(UsageError):
+        dinosearch.build_index("catalog", shard="3/2")
 
 
 @pytest.mark.usefixtures("home")

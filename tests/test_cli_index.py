@@ -15,8 +15,10 @@ import pytest
 from indexing import write_images
 from test_cli import dinosearch, environment, json_of, lay_out
 
+from dinosearch.cli.index import index
 from dinosearch.errors import IndexNotFound
 from dinosearch.index.contents import read_vectors
+from dinosearch.index.sync import sync_index
 from dinosearch.query.search import open_index
 
 
@@ -63,6 +65,18 @@ def test_a_catalog_that_was_moved_is_relocated(work):
     assert (synced["index"], synced["unchanged"], synced["embedded"]) == ("catalog", 10, 0)
     [answer] = json_of("query", "cat.jpg", "--top", "1", cwd=work)
     assert answer["matches"][0]["path"] == "photos/0.jpg"
+    (work / "photos").rename(work / "again")
+    [relocated] = json_of("relocate", "photos", "again", cwd=work)
+    assert relocated["sources"] == {"photos": "again"}
+    [info] = json_of("info", cwd=work)
+    assert [source["location"] for source in info["sources"]] == info["roots"] == ["again"]
+
+
+def test_an_export_says_where_it_is_byte_for_byte(work):
+    dinosearch("index", "catalog", cwd=work)
+    name = os.fsdecode(b"caf\xe9")
+    done = dinosearch("export", "catalog", "--to", "npy", "--out", name, cwd=work)
+    assert done.stdout.splitlines() == [f"{name}.npy", f"{name}.csv"]
 
 
 def test_options_of_a_source_are_shown_and_said(work):
@@ -115,6 +129,25 @@ def test_watch_takes_in_what_changes_until_it_is_interrupted(work):
         dinosearch("forget", "catalog/copy.jpg", cwd=work)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
+
+
+def test_following_begins_with_one_sync(work, monkeypatch):
+    monkeypatch.chdir(work)
+    syncs = []
+
+    def counted(*arguments, **options):
+        syncs.append(arguments)
+        return sync_index(*arguments, **options)
+
+    def keep_synced(sources, sync, **_):
+        sync(sources)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinosearch.index.sync.sync_index", counted)
+    monkeypatch.setattr("dinosearch.index.watch.keep_synced", keep_synced)
+    with pytest.raises(KeyboardInterrupt):
+        index(["catalog"], watch=True)
+    assert len(syncs) == 1
 
 
 @pytest.mark.parametrize("command", [("query", "cat.jpg"), ("info",), ("failures",), ("index", "catalog")])

@@ -1,6 +1,9 @@
 """Exports, read back by who will read them."""
 
 import csv
+import json
+import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -58,6 +61,33 @@ def test_parquet_keeps_the_types_of_columns(index, tmp_path):
     assert table["price"].to_pylist()[-3:] == [3, 4.5, 5]
     assert table["sold"].to_pylist()[-4:] == [None, True, False, True]
     assert np.array_equal(np.stack(table["vector"].to_numpy()), read_vectors(index)[1])
+
+
+def test_any_number_and_name_of_a_table_passes_into_parquet(tmp_path):
+    import pyarrow.parquet as pq
+
+    paths = write_images(tmp_path / "named", 2)
+    said = [
+        {"vast": 2**70, "price": 2**53 + 1, "vector": "a", "v0": "b"},
+        {"vast": 2, "price": 0.5, "vector": "c", "v0": "d"},
+    ]
+    with tarfile.open(tmp_path / "told.tar", "w") as archive:
+        for path, facts in zip(paths, said, strict=True):
+            path.with_suffix(".json").write_text(json.dumps(facts))
+            archive.add(path, path.name)
+            archive.add(path.with_suffix(".json"), path.with_suffix(".json").name)
+    workshop = Workshop(tmp_path, tmp_path / "index", a_model(), None, [])
+    workshop.sync(roots=open_sources([str(tmp_path / "told.tar")]))
+    [path] = export_index(workshop.index, form="parquet", out=tmp_path / os.fsdecode(b"caf\xe9"))
+    with path.open("rb") as file:
+        table = pq.read_table(file)
+    assert table["price"].to_pylist() == [float(2**53 + 1), 0.5]
+    assert table["vast"].to_pylist() == [str(2**70), "2"]
+    assert table["vector (table)"].to_pylist() == ["a", "c"]
+    assert np.array_equal(np.stack(table["vector"].to_numpy()), read_vectors(workshop.index)[1])
+    [path] = export_index(workshop.index, form="csv", out=tmp_path / "again")
+    with path.open(newline="") as file:
+        assert [row["v0 (table)"] for row in csv.DictReader(file)] == ["b", "d"]
 
 
 def test_an_unknown_form_is_refused_and_nothing_half_is_left(index, tmp_path):

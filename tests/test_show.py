@@ -20,6 +20,12 @@ def test_names_cannot_steer_the_terminal():
     assert show.printable(os.fsdecode(b"caf\xe9.jpg")) == "caf\\udce9.jpg"
 
 
+def test_a_line_with_a_name_that_is_no_text_can_be_printed(capsys):
+    name = os.fsdecode(b"caf\xe9")
+    show.line(f"catalog: {name}\x1b[2J is here now")
+    assert capsys.readouterr().out == "catalog: caf\\udce9\\x1b[2J is here now\n"
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
 def test_durations(seconds, text):
     assert show.duration(seconds) == text

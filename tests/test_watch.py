@@ -71,6 +71,12 @@ def test_what_changes_in_a_folder_is_synced(shop):
     assert len(read_vectors(shop.index)[0]) == 8
 
 
+def test_a_folder_with_a_dot_in_its_name_that_is_moved_out_is_noticed(shop, tmp_path):
+    write_images(shop.root / "trip.2024", 1, seed=50)
+    found = follow(shop, [str(shop.root)], lambda: (shop.root / "trip.2024").rename(tmp_path / "elsewhere"))
+    assert found == [{"new": 7}, {"deleted": 1}]
+
+
 def test_a_source_that_disappears_is_waited_for(shop, tmp_path):
     def unplug():
         shop.root.rename(tmp_path / "unplugged")

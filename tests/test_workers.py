@@ -145,17 +145,81 @@ def test_a_file_beyond_the_memory_limit_is_too_large(photos):
             assert file.decode().width == 640
 
 
-@pytest.mark.parametrize(("signal_name", "status"), [("SIGSEGV", "corrupt"), ("SIGKILL", "too-large")])
-def test_a_crash_costs_one_file_its_state(photos, signal_name, status):
+def kill_each(pool: DecodePool, signal_name: str, times: int) -> None:
+    """End one process after the other while they decode."""
+
+    def kill():
+        killed = set()
+        while len(killed) < times:
+            for worker in list(pool._all):
+                if worker._deadline and worker._process.pid not in killed:
+                    time.sleep(0.03)
+                    worker._process.send_signal(getattr(signal, signal_name))
+                    killed.add(worker._process.pid)
+            time.sleep(0.001)
+
+    threading.Thread(target=kill, daemon=True).start()
+
+
+@pytest.mark.parametrize(("signal_name", "status"), [("SIGSEGV", "corrupt"), ("SIGKILL", "unreadable")])
+def test_a_file_that_ends_two_processes_has_that_as_its_state(photos, signal_name, status):
     with pool_of() as pool:
         with pool.take(slow_image()) as file:
-            (pid,) = worker_pids(pool)
-            threading.Timer(0.03, os.kill, (pid, getattr(signal, signal_name))).start()
+            kill_each(pool, signal_name, 2)
             with pytest.raises(BadImage, match=signal_name) as caught:
                 file.decode()
         assert caught.value.status == status
         with pool.take(encoded(photos[0], "JPEG")) as file:
             assert file.decode().width == 640
+
+
+@pytest.mark.parametrize("signal_name", ["SIGSEGV", "SIGKILL"])
+def test_a_file_whose_process_dies_once_is_tried_again(signal_name):
+    data = slow_image()
+    with pool_of() as pool, pool.take(data) as file:
+        before = worker_pids(pool)
+        kill_each(pool, signal_name, 1)
+        assert (file.decode().pixels == decode(data, FIT).pixels).all()
+        assert worker_pids(pool) != before
+        assert len(worker_pids(pool)) == 1
+
+
+def test_a_process_that_dies_at_rest_costs_no_file_anything(photos):
+    with pool_of() as pool:
+        with pool.take(encoded(photos[0], "JPEG")) as file:
+            file.decode()
+        (worker,) = pool._all
+        worker._process.kill()
+        worker._process.wait()
+        with pool.take(encoded(photos[1], "JPEG")) as file:
+            assert file.decode().width == 640
+        assert worker not in pool._all
+
+
+def test_time_in_which_everything_was_stopped_does_not_count(tmp_path):
+    """As Ctrl-Z and fg do: longer than a file may take, and than a process that lost its parent may."""
+    (tmp_path / "slow.png").write_bytes(slow_image())
+    code = f"""
+import time
+from dinosearch.images import Fit
+from dinosearch.images.workers import DecodePool
+with DecodePool(Fit(48), workers=1, max_pixels=10**7, seconds=1) as pool:
+    with pool.read({str(tmp_path / "slow.png")!r}) as file:
+        (before,) = pool._all
+        print("at work", flush=True)
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            file.decode()
+        assert pool._all == {{before}}
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        assert parent.stdout.readline() == "at work\n"
+        time.sleep(0.3)
+        os.killpg(parent.pid, signal.SIGSTOP)
+        time.sleep(3.5)
+        os.killpg(parent.pid, signal.SIGCONT)
+    assert parent.returncode == 0
 
 
 def test_interrupts_leave_the_processes_to_the_parent(photos):

@@ -34,4 +34,4 @@ def export(
         show.json_line({"index": index_path.name, "files": [show.shown(path) for path in written]})
     else:
         for path in written:
-            show.line(show.shown(path))
+            show.raw_path(path, end=b"\n")

@@ -139,11 +139,25 @@ def index(
             )
         )
 
-    summary = sync(opened, verify=verify)
-    _print_summary(summary, as_json=as_json)
+    def first_sync() -> "SyncSummary":
+        summary = sync(opened, verify=verify)
+        _print_summary(summary, as_json=as_json)
+        return summary
+
+    following = False
+
+    def follow(due: "Sequence[Source]") -> None:
+        nonlocal following
+        if following:
+            _print_changes(sync(due), as_json)
+        else:
+            first_sync()
+            show.note("following; Ctrl-C ends it")
+            following = True
+
     if watch:
-        show.note("following; Ctrl-C ends it")
-        keep_synced(opened, lambda due: _print_changes(sync(due), as_json), index_path=index_path, note=show.note)
+        keep_synced(opened, follow, index_path=index_path, note=show.note)
+    summary = first_sync()
     if summary.failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -157,6 +171,8 @@ def info(index: IndexOption = None, as_json: JsonOption = False) -> None:
 
     facts = asdict(index_info(chosen_index(index)))
     facts["roots"] = [show.shown(root) for root in facts["roots"]]
+    for source in facts["sources"]:
+        source["location"] = show.shown(source["location"])
     if as_json:
         show.json_line(facts)
         return
@@ -205,7 +221,7 @@ def chosen_index(spec: str | None) -> Path:
 def _source_line(source: dict[str, Any]) -> str:
     options = [f"without {pattern}" for pattern in source["exclude"]]
     options += ["with hidden names"] * source["include_hidden"] + ["every page"] * source["all_pages"]
-    return f"{source['kind']} {show.shown(source['location'])}" + (f" ({', '.join(options)})" if options else "")
+    return f"{source['kind']} {source['location']}" + (f" ({', '.join(options)})" if options else "")
 
 
 def _details(progress: "SyncProgress") -> str:

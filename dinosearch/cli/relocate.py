@@ -27,7 +27,8 @@ def relocate(
 
     relocated = relocate_sources(chosen_index(index), old, new, note=show.note)
     if as_json:
-        show.json_line(asdict(relocated))
+        moved = {show.shown(before): show.shown(after) for before, after in relocated.sources.items()}
+        show.json_line(asdict(relocated) | {"sources": moved})
         return
     for before, after in relocated.sources.items():
         show.line(f"{relocated.index}: {show.shown(before)} is {show.shown(after)} now")

@@ -39,7 +39,7 @@ def csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 def line(text: str) -> None:
     """A result for people."""
-    print(text)
+    print(printable(text))
 
 
 def raw_path(path: Path | str, *, end: bytes) -> None:

@@ -115,9 +115,12 @@ def _leave_signals_to_the_parent() -> None:
 
 
 def _set_alarm(seconds: float) -> None:
-    """Die if still at it in so long, whatever became of the parent, which would have killed this process earlier."""
+    """Die if at work for so long, whatever became of the parent, which would have killed this process earlier.
+
+    Counted is the processor's time: a process that was stopped for an hour and goes on has done nothing wrong.
+    """
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _limit_memory(limit: int) -> None:

@@ -2,8 +2,10 @@
 
 Each thread that uses the pool holds one process at a time. A file is handled in two steps, so that a known content
 costs no decoding: the process reads and hashes it, then decodes it if asked to. A process that takes longer than the
-limit is killed, its file is "too-large"; so is one whose memory the system refuses. One that crashes makes its file
-"corrupt". The next file gets a new process.
+limit is killed. Whatever ends a process, its file is tried once more in a fresh one, and only the second end is the
+file's doing: too slow to decode or refused its memory, it is "too-large"; crashing the decoder, it is "corrupt"; killed
+by the system or too slow to read, it is "unreadable", which is not remembered. Time in which this process was stopped
+does not count.
 
 Processes are started when first needed and talk through pipes: a square passes through in about 0.1 ms, a twentieth
 of what decoding it takes, and nothing is left behind by whoever is killed. They end when their pipe does, so also
@@ -19,12 +21,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -41,6 +43,8 @@ _SPARE_BYTES = 192 << 20  # what Python, its libraries and small files take besi
 _BYTES_PER_THREAD = 16 << 20  # AVIF's decoder starts one on each core
 _STDERR_BYTES = 2000
 _ENDED = BadImage("unreadable", "the pool of decoding processes was closed")
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,14 @@ class DecodePool:
     @contextmanager
     def read(self, path: str) -> Iterator[OpenFile]:
         """Have a local file read and hashed. Raises BadImage when it cannot be read."""
-        with self._worker() as worker:
-            yield self._opened(worker, {"do": "read"}, os.fsencode(path))
+        with self._opened({"do": "read"}, os.fsencode(path)) as file:
+            yield file
 
     @contextmanager
     def take(self, data: bytes) -> Iterator[OpenFile]:
         """Have bytes hashed that were read here. Raises BadImage."""
-        with self._worker() as worker:
-            yield self._opened(worker, {"do": "take"}, data)
+        with self._opened({"do": "take"}, data) as file:
+            yield file
 
     def close(self) -> None:
         """End the processes; those at work are killed."""
@@ -113,27 +117,29 @@ class DecodePool:
         self.close()
 
     @contextmanager
-    def _worker(self) -> Iterator[_Worker]:
+    def _opened(self, request: dict[str, Any], payload: bytes) -> Iterator[OpenFile]:
         with self._free:
-            worker = self._start_or_reuse()
+            file = OpenFile(self, self._start_or_reuse(), request, payload)
             try:
-                yield worker
+                file._open()
+                yield file
             finally:
-                with self._lock:
-                    reusable = worker.alive and not self._closed.is_set()
-                    if reusable:
-                        self._idle.append(worker)
-                    else:
-                        self._all.discard(worker)
-                if not reusable:
-                    worker.end()
+                self._release(file._worker)
 
     def _start_or_reuse(self) -> _Worker:
         with self._lock:
             if self._closed.is_set():
                 raise _ENDED
-            if self._idle:
-                return self._idle.pop()
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.running():
+                    return worker
+                self._all.discard(worker)  # the system killed it while it waited: no file's doing
+                worker.end()
+        return self._start()
+
+    def _start(self) -> _Worker:
+        with self._lock:
             if self._watchdog is None:
                 self._watchdog = threading.Thread(target=self._watch, name="decoding watchdog", daemon=True)
                 self._watchdog.start()
@@ -144,31 +150,29 @@ class DecodePool:
                 worker.cancel()
         return worker
 
+    def _release(self, worker: _Worker) -> None:
+        with self._lock:
+            reusable = worker.alive and not self._closed.is_set()
+            if reusable:
+                self._idle.append(worker)
+            else:
+                self._all.discard(worker)
+        if not reusable:
+            worker.end()
+
     def _watch(self) -> None:
         """Kill whoever is late. One thread for all, as pipes have no time-outs that work on every system."""
-        while not self._closed.wait(min(0.5, self._seconds / 4)):
+        step = min(0.5, self._seconds / 4)
+        began = time.monotonic()
+        while not self._closed.wait(step):
+            ended = time.monotonic()
+            missed = ended - began - step
             with self._lock:
                 workers = list(self._all)
             for worker in workers:
-                worker.kill_if_late()
-
-    def _opened(self, worker: _Worker, request: dict[str, Any], payload: bytes) -> OpenFile:
-        try:
-            reply, _ = worker.ask(request, payload, seconds=self._seconds)
-        except _Late:
-            raise BadImage("unreadable", f"not read within {self._seconds:g} s") from None
-        self._count(reading=reply["seconds"])
-        return OpenFile(self, worker, reply)
-
-    def _decode(self, worker: _Worker, frame: int, count: bool) -> tuple[Picture, int]:
-        request = {"do": "decode", "frame": frame, "count": count}
-        try:
-            reply, pixels = worker.ask(request, b"", seconds=self._seconds)
-        except _Late:
-            raise BadImage("too-large", f"not decoded within {self._seconds:g} s") from None
-        self._count(decoding=reply["seconds"])
-        square = np.frombuffer(pixels, np.uint8).reshape(self._side, self._side, 3)
-        return Picture(square, reply["width"], reply["height"]), reply["n_frames"]
+                # Stopped by Ctrl-Z or short of the processor: then so were they.
+                worker.kill_if_late(missed if missed > step else 0.0)
+            began = ended
 
     def _count(self, *, reading: float = 0.0, decoding: float = 0.0) -> None:
         with self._lock:
@@ -178,30 +182,76 @@ class DecodePool:
 class OpenFile:
     """A file that a process of the pool has read; valid inside the `with` that gave it."""
 
-    def __init__(self, pool: DecodePool, worker: _Worker, reply: dict[str, Any]) -> None:
+    def __init__(self, pool: DecodePool, worker: _Worker, request: dict[str, Any], payload: bytes) -> None:
         self._pool = pool
         self._worker = worker
-        self.content_hash: str = reply["hash"]
-        self.size: int = reply["size"]
+        self._source = request, payload
+        self._held = False  # by the process
+        self.content_hash = ""
+        self.size = 0
         """Bytes that were read."""
-        self.mtime_ns: int = reply["mtime_ns"]
+        self.mtime_ns = 0
         """As `StableBytes` says; 0 for bytes that were read elsewhere."""
 
     def decode(self) -> Picture:
         """The square of the first frame. Raises BadImage."""
-        return self._pool._decode(self._worker, 0, False)[0]
+        return self._decode(0, False)[0]
 
     def decode_and_count(self) -> tuple[Picture, int]:
         """The square of the first frame, and how many frames there are, at most MOST_FRAMES. Raises BadImage."""
-        return self._pool._decode(self._worker, 0, True)
+        return self._decode(0, True)
 
     def decode_frame(self, frame: int) -> Picture:
         """The square of a further frame; cheapest in their order. Raises BadImage."""
-        return self._pool._decode(self._worker, frame, False)[0]
+        return self._decode(frame, False)[0]
+
+    def _open(self) -> None:
+        self._twice(self._read)
+
+    def _read(self) -> None:
+        request, payload = self._source
+        reply, _ = self._worker.ask(request, payload, seconds=self._pool._seconds)
+        self._pool._count(reading=reply["seconds"])
+        if self.content_hash not in ("", reply["hash"]):
+            raise BadImage("unreadable", "it changes while it is read")
+        self.content_hash, self.size, self.mtime_ns = reply["hash"], reply["size"], reply["mtime_ns"]
+        self._held = True
+
+    def _decode(self, frame: int, count: bool) -> tuple[Picture, int]:
+        request = {"do": "decode", "frame": frame, "count": count}
+
+        def ask() -> tuple[dict[str, Any], bytearray]:
+            if not self._held:
+                self._read()
+            return self._worker.ask(request, b"", seconds=self._pool._seconds)
+
+        reply, pixels = self._twice(ask)
+        self._pool._count(decoding=reply["seconds"])
+        side = self._pool._side
+        square = np.frombuffer(pixels, np.uint8).reshape(side, side, 3)
+        return Picture(square, reply["width"], reply["height"]), reply["n_frames"]
+
+    def _twice(self, step: Callable[[], Answer]) -> Answer:
+        """Do it, if need be once more in a fresh process: the first may have died of something else than this file."""
+        try:
+            return step()
+        except _Died as died:
+            if died.verdict is _ENDED:
+                raise _ENDED from None
+        self._pool._release(self._worker)
+        self._worker, self._held = self._pool._start(), False
+        try:
+            return step()
+        except _Died as died:
+            raise died.verdict from None
 
 
-class _Late(Exception):
-    """The process was killed for taking too long."""
+class _Died(Exception):
+    """The process died or was killed; `verdict` is the file's state if that is the file's doing."""
+
+    def __init__(self, verdict: BadImage) -> None:
+        super().__init__(str(verdict))
+        self.verdict = verdict
 
 
 class _Worker:
@@ -224,14 +274,14 @@ class _Worker:
         self.alive = True
         try:
             self.ask({"do": "start"}, b"", seconds=_START_SECONDS)
-        except (_Late, BadImage) as error:
+        except (_Died, BadImage) as error:
             assert self._process.stderr
             said = self._process.stderr.read(_STDERR_BYTES).decode(errors="replace").strip().splitlines()
             self.end()
             raise _cannot_start(said[-1] if said else str(error)) from error
 
     def ask(self, request: dict[str, Any], payload: bytes, *, seconds: float) -> tuple[dict[str, Any], bytearray]:
-        """Send a request and wait for the reply. Raises BadImage, also when the process dies, and _Late."""
+        """Send a request and wait for the reply. Raises BadImage, or _Died when there will be none."""
         requests, replies = self._process.stdin, self._process.stdout
         assert isinstance(requests, FileIO)
         assert isinstance(replies, FileIO)
@@ -242,7 +292,7 @@ class _Worker:
             send(requests, request, payload)
             reply, answer = receive(replies)
         except (OSError, EOFError):
-            raise self._cause_of_death() from None
+            raise _Died(self._verdict(request["do"], seconds)) from None
         finally:
             with self._lock:
                 self._deadline = None
@@ -251,9 +301,16 @@ class _Worker:
             raise BadImage(reply["status"], reply["reason"])
         return reply, answer
 
-    def kill_if_late(self) -> None:
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def kill_if_late(self, missed: float) -> None:
+        """`missed`: seconds that do not count."""
         with self._lock:
-            if self._deadline is not None and time.monotonic() > self._deadline:
+            if self._deadline is None:
+                return
+            self._deadline += missed
+            if time.monotonic() > self._deadline:
                 self._late = True
                 self._process.kill()
 
@@ -275,7 +332,8 @@ class _Worker:
         except subprocess.TimeoutExpired:
             return
 
-    def _cause_of_death(self) -> Exception:
+    def _verdict(self, step: str, seconds: float) -> BadImage:
+        """What to say of the file that a dead process was at."""
         try:
             code = self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
@@ -283,9 +341,10 @@ class _Worker:
         if self._cancelled:
             return _ENDED
         if self._late:
-            return _Late()
+            status, what = ("too-large", "decoded") if step == "decode" else ("unreadable", "read")
+            return BadImage(status, f"not {what} within {seconds:g} s")
         if code == -getattr(signal, "SIGKILL", 9):
-            return BadImage("too-large", "its decoding process was killed (SIGKILL), as systems do that lack memory")
+            return BadImage("unreadable", "its decoding process was killed (SIGKILL), as systems do that lack memory")
         if code == NO_MEMORY:
             return BadImage("too-large", "not enough memory for it")
         died = signal.Signals(-code).name if code < 0 else f"exit code {code}"

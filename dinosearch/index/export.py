@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,9 +43,20 @@ def export_index(index_path: Path, *, form: str, out: Path | None = None) -> lis
     with Catalog.open(index_path) as catalog, catalog.snapshot():
         columns: dict[str, set[str]] = {name: {"text"} for name in FACTS} | {"frame": {"integer"}}
         columns |= {name: kinds for name, kinds in catalog.metadata_columns().items() if name not in FACTS}
+        for name in _with_vast_numbers(catalog) if form == "parquet" else ():
+            columns[name] = {"text"}
         size = (catalog.n_live(), int(catalog.meta("dim")))
         write = {"npy": _write_npy, "csv": _write_csv, "parquet": _write_parquet}[form]
         return write(base, columns, _rows(catalog, columns), size)
+
+
+def _with_vast_numbers(catalog: Catalog) -> set[str]:
+    """Columns of tables with a whole number that 64 bits do not hold."""
+    found: set[str] = set()
+    for file in catalog.live_files():
+        said = json.loads(file.metadata) if file.metadata else {}
+        found |= {name for name, value in said.items() if isinstance(value, int) and not -(2**63) <= value < 2**63}
+    return found.difference(FACTS)
 
 
 def _rows(catalog: Catalog, columns: Mapping[str, set[str]]) -> Rows:
@@ -72,7 +84,7 @@ def _write_npy(base: str, columns: Mapping[str, set[str]], rows: Rows, size: tup
             header = {"descr": "<f4", "fortran_order": False, "shape": size}
             np.lib.format.write_array_header_1_0(array, header)
             lines = csv.writer(table)
-            lines.writerow(columns)
+            lines.writerow(map(_title, columns))
             for facts, vectors in rows:
                 array.write(vectors.astype("<f4").tobytes())
                 lines.writerows(facts)
@@ -83,7 +95,7 @@ def _write_csv(base: str, columns: Mapping[str, set[str]], rows: Rows, size: tup
     with _aside(f"{base}.csv") as (path,):
         with path.open("w", newline="", **_TEXT) as file:
             lines = csv.writer(file)
-            lines.writerow([*columns, *(f"v{i}" for i in range(size[1]))])
+            lines.writerow([*map(_title, columns), *(f"v{i}" for i in range(size[1]))])
             for facts, vectors in rows:
                 lines.writerows([*each, *map(str, vector)] for each, vector in zip(facts, vectors, strict=True))
         return [Path(f"{base}.csv")]
@@ -97,10 +109,10 @@ def _write_parquet(base: str, columns: Mapping[str, set[str]], rows: Rows, size:
     except ImportError as error:
         raise DinosearchError("parquet needs pyarrow: pip install 'dinosearch[tables]', or export --to npy") from error
     kinds = [_parquet_type(each) for each in columns.values()]
-    fields = [(name, getattr(pa, kind)()) for name, kind in zip(columns, kinds, strict=True)]
+    fields = [(_title(name), getattr(pa, kind)()) for name, kind in zip(columns, kinds, strict=True)]
     schema = pa.schema([*fields, ("vector", pa.list_(pa.float32(), size[1]))])
     with _aside(f"{base}.parquet") as (path,):
-        with pq.ParquetWriter(path, schema) as writer:
+        with path.open("wb") as file, pq.ParquetWriter(file, schema) as writer:
             for facts, vectors in rows:
                 by_column = zip(*facts, strict=True)
                 arrays = [
@@ -115,6 +127,11 @@ def _write_parquet(base: str, columns: Mapping[str, set[str]], rows: Rows, size:
 _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
+def _title(name: str) -> str:
+    """A table's column whose name is taken by the vectors says where it comes from."""
+    return f"{name} (table)" if re.fullmatch(r"vector|v[0-9]+", name) else name
+
+
 def _parquet_type(kinds: set[str]) -> str:
     """Arrow's name of a type that holds values of some JSON types."""
     kinds = kinds - {"null"}
@@ -126,6 +143,8 @@ def _parquet_type(kinds: set[str]) -> str:
 
 
 def _parquet_value(value: Any, kind: str) -> Any:
+    if value is not None and kind == "float64":
+        return float(value)  # Arrow refuses whole numbers that no float equals
     if value is None or kind != "string":
         return value
     text = value if isinstance(value, str) else json.dumps(value)

@@ -1,7 +1,7 @@
 """Which FAISS type suits so many vectors, trained on a sample and tuned until it finds what it should.
 
 Below EXACT_BELOW vectors everything is compared with everything. Above it a graph of neighbours is walked (HNSW) whose
-codes are a byte for each number, and the best candidates are compared exactly. Graph and codes are mapped from the
+codes are two bytes for each number, and the best candidates are compared exactly. Graph and codes are mapped from the
 file, so a reader needs next to no memory of its own. Where memory does not suffice to build that, an inverted file
 of 4-bit product codes is scanned: of the quarter of the directions that varies most, turned at random, half of a byte
 for each (`PCAR{m},IVF{nlist},PQ{m}x4fsr`); with half of the directions if that is not enough. Measured on one core with
@@ -62,7 +62,7 @@ class Measured:
 def candidate_types(n: int, dim: int, *, max_memory: int | None = None) -> list[str]:
     """FAISS factory strings to try in turn, quickest first; none where only exact search is left.
 
-    Where a graph fits there is nothing else to try: vectors in which it misses the target have no order for lists either.
+    Where a graph fits nothing else is tried: vectors in which it misses the target have no order for lists either.
     max_memory: bytes that building, or a reader's private memory, may take; by default a quarter of the machine's.
     """
     nlist = 1 << max(4, round(np.log2(4 * n**0.5)))

@@ -3,14 +3,15 @@
 Knows nothing of folders of images. Whatever happens to a generation, the catalog can make it again. Its files:
 
 - `vectors-N.faiss`, always; plain FAISS opens and searches it, under the ids of the catalog. Exact: the unit vectors
-  in float32 (`IndexIDMap2(IndexFlatIP)`). Tuned: short codes in inverted lists.
+  in float32 (`IndexIDMap2(IndexFlatIP)`). Tuned: a graph over float16 codes, or short codes in
+  inverted lists.
 - `vectors-N.f16`, of a tuned one: the vectors as the catalog stores them, float16 [n, dim] and nothing else.
 - `vectors-N.ids`, beside it: the id of each, int64 [n], rising.
 
 Each is written aside, flushed, renamed, and only then named in the catalog, with size and checksum. FAISS reads a file
-only after its checksum matched, and may not ask for more than the file has. FAISS maps the vectors of a flat index, but
-not the block lists of fast-scan codes: a tuned type costs a reader n × (m / 2 + 8) bytes of its own, its exact vectors
-none.
+only after its checksum matched, and may not ask for more than the file has. FAISS maps the vectors of a flat index, and
+a graph with its codes, but not the block lists of fast-scan codes: these cost a reader n × (m / 2 + 8) bytes of its
+own, the exact vectors none.
 """
 
 from __future__ import annotations

@@ -227,8 +227,8 @@ class CatalogReader:
         return bool(self._rows(query, (root, UNTRUSTED_TIME)))
 
     def n_failed(self) -> int:
-        """Files, and further frames of files, that have no vector."""
-        return int(self._rows("SELECT count(*) FROM files WHERE status != 'ok'")[0][0])
+        """Files without a vector; one of which only a further frame is bad is a good file."""
+        return int(self._rows("SELECT count(*) FROM files WHERE status != 'ok' AND frame = 0")[0][0])
 
     def failures(self) -> Iterator[FailedFile]:
         """Files without a vector, and why, by root and path."""

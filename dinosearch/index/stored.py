@@ -148,7 +148,7 @@ class TunedStored:
 
 
 class GraphStored(TunedStored):
-    """A graph of neighbours (HNSW) over codes of a byte for each number, both mapped from the file."""
+    """A graph of neighbours (HNSW) over codes of two bytes for each number (float16), both mapped from the file."""
 
     effort_name = "efSearch"
     span = 10

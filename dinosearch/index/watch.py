@@ -136,13 +136,13 @@ class _Changes:
     index_path: Path
 
     def __enter__(self) -> _Changes:
-        from watchfiles import watch
+        from watchfiles import Change, watch
 
         self._index = os.path.realpath(self.index_path)
         self._watch = (
             watch(
                 *[each.source.location for each in self.followed],
-                watch_filter=lambda _, path: self._counts(path),
+                watch_filter=lambda change, path: self._counts(path, gone=change == Change.deleted),
                 step=int(1000 * QUIET_SECONDS),
                 debounce=int(1000 * LONGEST_SECONDS),
                 rust_timeout=int(1000 * LOOK_SECONDS),
@@ -175,8 +175,8 @@ class _Changes:
                 f"cannot follow {self.followed[0].source.location} ({error}). Run index now and then instead of --watch"
             ) from error
 
-    def _counts(self, path: str) -> bool:
-        """Names of images, and what has no ending: folders that came, went or got another name."""
+    def _counts(self, path: str, *, gone: bool) -> bool:
+        """Images, and folders that came; of what is gone, nothing says any more that it was a folder."""
         if path.startswith(f"{self._index}{os.sep}") or f"{self._index}{os.sep}".startswith(f"{path}{os.sep}"):
             return False
-        return is_image_name(path) or "." not in os.path.basename(path) or os.path.isdir(path)  # noqa: PTH119, PTH112
+        return gone or is_image_name(path) or "." not in os.path.basename(path) or os.path.isdir(path)  # noqa: PTH119, PTH112
