@@ -83,7 +83,7 @@ def known_source(kind: str, location: str) -> Source:
 def read_image(path: str) -> StableBytes:
     """The bytes behind what was printed or typed: a file, a URL, or a member of an archive, photos.zip/a.jpg.
 
-    Raises BadImage, and DinosearchError where an extra is missing or an archive cannot be read.
+    Raises BadImage, and DinosearchError where an extra is missing.
     """
     if is_url(path):
         return StableBytes(fetch(path), UNTRUSTED_TIME)
@@ -91,7 +91,10 @@ def read_image(path: str) -> StableBytes:
     while at > 0 and not os.path.exists(path):  # noqa: PTH110 - Path's raises where it may not look
         archive, member = path[:at], path[at + 1 :]
         if archive.lower().endswith(ARCHIVE_EXTENSIONS) and os.path.isfile(archive):  # noqa: PTH113
-            return _read_member(known_source("archive", archive), member)
+            try:
+                return _read_member(known_source("archive", archive), member)
+            except DinosearchError as error:
+                raise BadImage("unreadable", str(error)) from error
         at = path.find("/", at + 1)
     return read_stable(path)
 
