@@ -115,7 +115,7 @@ def test_what_was_printed_can_be_read_again(tmp_path, kind):
     with pytest.raises(BadImage, match="not in the archive"):
         read_image(f"{path}/dir/b.jpg")
     path.write_bytes(b"no archive at all" * 100)
-    with pytest.raises(BadImage, match="unreadable: .*cannot be read as an archive"):
+    with pytest.raises(BadImage, match=r"unreadable: .*cannot be read as an archive"):
         read_image(f"{path}/dir/a.jpg")
 
 
@@ -336,6 +336,13 @@ def test_what_is_plainly_no_number_of_a_class_stays_text(tmp_path, text):
     scan = scanned(opened(path))
     assert scan.unreadable_folders == []
     assert json.loads(scan.images[0].metadata) == {"cls": text}
+
+
+def test_half_a_letter_in_a_sidecar_becomes_a_mark(tmp_path):
+    sidecar = rb'{"a\ud800": ["\udce9", "\ud83d\ude00", "\u00e9"]}'
+    path = write_archive(tmp_path / "data.tar", {"1.jpg": b"1", "1.json": sidecar})
+    [image] = scanned(opened(path)).images
+    assert json.loads(image.metadata) == {"a\ufffd": ["é", "😀", "é"]}
 
 
 def test_numbers_that_json_cannot_hold_are_left_out_of_a_sidecar(tmp_path):

@@ -34,6 +34,7 @@ from dinosearch.images.sources.archives import (
     refuse_large,
     wanted_members,
 )
+from dinosearch.images.sources.metadata import as_json
 
 COMPRESSED = {
     (".tar.gz", ".tgz"): "gzip",
@@ -167,8 +168,7 @@ class _Sidecars:
             self._values[key].update(_sidecar(extension, file.read().decode("utf-8", "replace").strip()))
 
     def of(self, name: str) -> str:
-        values = self._values.get(_key(name)[0])
-        return json.dumps(values, sort_keys=True) if values else ""
+        return as_json(self._values.get(_key(name)[0], {}))
 
 
 def _key(name: str) -> tuple[str, str]:
