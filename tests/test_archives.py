@@ -114,6 +114,9 @@ def test_what_was_printed_can_be_read_again(tmp_path, kind):
     assert read_image(f"{path}//abs.jpg").data == b"abs"
     with pytest.raises(BadImage, match="not in the archive"):
         read_image(f"{path}/dir/b.jpg")
+    path.write_bytes(b"no archive at all" * 100)
+    with pytest.raises(BadImage, match=r"unreadable: .*cannot be read as an archive"):
+        read_image(f"{path}/dir/a.jpg")
 
 
 def test_names_that_point_outside_are_only_names(tmp_path, kind):
@@ -325,6 +328,47 @@ def test_what_stands_beside_an_image_in_a_webdataset_is_its_metadata(tmp_path, k
         "s/005.jpg": {"cls": "dog"},
     }
     assert contents(source, scan.images)["s/001.jpg"] == b"1"
+
+
+@pytest.mark.parametrize("text", ["--5", "5-", "٣", "²", "1" * 16, "-"])
+def test_what_is_plainly_no_number_of_a_class_stays_text(tmp_path, text):
+    path = write_archive(tmp_path / "data.tar", {"1.jpg": b"1", "1.cls": text.encode()})
+    scan = scanned(opened(path))
+    assert scan.unreadable_folders == []
+    assert json.loads(scan.images[0].metadata) == {"cls": text}
+
+
+def test_half_a_letter_in_a_sidecar_becomes_a_mark(tmp_path):
+    sidecar = rb'{"a\ud800": ["\udce9", "\ud83d\ude00", "\u00e9"]}'
+    path = write_archive(tmp_path / "data.tar", {"1.jpg": b"1", "1.json": sidecar})
+    [image] = scanned(opened(path)).images
+    assert json.loads(image.metadata) == {"a\ufffd": ["é", "😀", "é"]}
+
+
+def test_numbers_that_json_cannot_hold_are_left_out_of_a_sidecar(tmp_path):
+    sidecar = b'{"a": 1e999, "b": [-1e999, 2, {"c": 1e999, "d": ""}], "e": -1.5, "f": true}'
+    path = write_archive(tmp_path / "data.tar", {"1.jpg": b"1", "1.json": sidecar})
+    [image] = scanned(opened(path)).images
+    assert "Infinity" not in image.metadata
+    assert json.loads(image.metadata) == {"a": None, "b": [None, 2, {"c": None, "d": ""}], "e": -1.5, "f": True}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_flipped_byte_in_a_compressed_member_costs_only_that_member(tmp_path, method):
+    path = tmp_path / "some.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.jpg", bytes(range(256)) * 20)
+        archive.writestr("b.jpg", b"b" * 99)
+    whole = path.read_bytes()
+    n_bytes = zipfile.ZipFile(path).infolist()[0].compress_size
+    for at in range(35 + 9, 35 + n_bytes, 7):  # after the version of the method, which nobody reads
+        data = bytearray(whole)
+        data[at] ^= 0xFF
+        path.write_bytes(data)
+        source = opened(path)
+        read = contents(source, scanned(source).images)
+        assert str(read["a.jpg"]).startswith(("corrupt: ", "truncated: ", "unreadable: ")), at
+        assert read["b.jpg"] == b"b" * 99
 
 
 def test_archives_with_flipped_bytes_give_members_reasons_or_one_error(tmp_path, kind):

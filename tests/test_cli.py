@@ -218,7 +218,7 @@ class TestQuery:
         told = dinosearch("query", indexed / "cat.jpg", "-f", "-t1", cwd=tmp_path)
         assert told.stdout == f"{(indexed / 'catalog/0.jpg').resolve()}\n"
 
-    @pytest.mark.parametrize("words", [["red car"], ["sunset"], ["cat.jpg", "a dog"]])
+    @pytest.mark.parametrize("words", [["red car"], ["sunset"], ["cat.jpg", "a dog"], ["long words " * 40]])
     def test_words_get_one_line(self, indexed, words):
         told = dinosearch("query", *words, cwd=indexed, check=2)
         assert "no text search" in one_error(told)

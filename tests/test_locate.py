@@ -1,3 +1,7 @@
+import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +84,35 @@ def test_indexes_lie_where_the_environment_says(monkeypatch, tmp_path):
     assert str(indexes_path()) == "indexes"
     monkeypatch.setenv("DINOSEARCH_INDEXES", str(tmp_path))
     assert indexes_path() == tmp_path
+
+
+LIST_AND_NAME = """
+import sys
+from pathlib import Path
+from dinosearch.images.sources import known_source
+from dinosearch.index.locate import index_for, list_indexes
+indexes = Path("indexes")
+other = known_source("folder", "/x/other")
+print(*(path.name for path in list_indexes(indexes)), index_for([other], name=None, indexes=indexes))
+"""
+
+
+def test_an_index_that_one_may_not_look_into_is_passed_over(tmp_path):
+    sync(tmp_path / "a", tmp_path / "indexes" / "a")
+    sync(tmp_path / "b", tmp_path / "indexes" / "other").chmod(0)
+    done = subprocess.run(
+        [sys.executable, "-c", LIST_AND_NAME],
+        cwd=tmp_path,
+        preexec_fn=drop_roots_powers if os.geteuid() == 0 else None,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (tmp_path / "indexes" / "other").chmod(0o755)
+    assert done.stdout.split() == ["a", "indexes/other-2"], done.stderr
+
+
+def drop_roots_powers():
+    """For this process and all that it starts: to read in spite of permissions (Linux, prctl(2))."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        assert ctypes.CDLL(None).prctl(24, capability, 0, 0, 0) == 0  # PR_CAPBSET_DROP

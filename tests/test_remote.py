@@ -6,12 +6,13 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from indexing import set_age
+from indexing import Workshop, a_model, set_age, write_images
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images import BadImage
 from dinosearch.images.source import UNTRUSTED_TIME, ScanOptions
 from dinosearch.images.sources import known_source, open_source, read_image, remote
+from dinosearch.index.contents import index_info
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -131,6 +132,19 @@ def test_lists_may_name_urls(tmp_path):
         assert images[path].mtime_ns == UNTRUSTED_TIME
         with pytest.raises(BadImage, match=reason):
             source.read(images[path])
+
+
+def test_an_outage_does_not_empty_a_list_of_urls(memory, tmp_path):
+    for path in write_images(tmp_path / "images", 3):
+        memory.pipe(f"/b/y/{path.name}", path.read_bytes())
+    (tmp_path / "l.txt").write_text("".join(f"memory://b/y/{number:04d}.png\n" for number in range(3)))
+    shop = Workshop(tmp_path, tmp_path / "index", a_model(), None, [])
+    sources = [opened(str(tmp_path / "l.txt"))]
+    assert shop.sync(roots=sources).images == 3
+    memory.store.clear()
+    with pytest.raises(DinosearchError, match=r"3 of 3 images are gone from .*l\.txt"):
+        shop.sync(roots=sources)
+    assert index_info(shop.index).images == 3
 
 
 def test_a_folder_of_a_website_is_what_its_pages_link_to(website):

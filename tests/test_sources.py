@@ -130,6 +130,9 @@ def test_what_is_not_there_or_no_source_is_one_line_with_what_to_do():
         "pipe.zip": "pipe.zip is no folder, image, list",
         "movie.mkv": "movie.mkv is no folder, image, list",
         "ftp://host/a.jpg": "neither s3://",
+        "x" * 300: r"cannot read x+ \(File name too long\). Check",
+        "y" * 300 + "/*.jpg": "no folder .*y. Check",
+        "movie.mkv/a.jpg": "no folder or file movie.mkv/a.jpg. Check",
     }.items():
         with pytest.raises(DinosearchError, match=says) as caught:
             open_source(spec)
@@ -181,6 +184,9 @@ def test_what_was_printed_can_be_read_again():
     assert read_image("a.jpg").data == b"pixels"
     with pytest.raises(BadImage, match="No such file"):
         read_image("gone.zip/a.jpg")
+    for path in ("x" * 300, "x" * 300 + ".zip/a.jpg"):
+        with pytest.raises(BadImage, match="File name too long"):
+            read_image(path)
     with pytest.raises(BadImage, match="ftp:// is not among"):
         read_image("ftp://host/a.jpg")
 

@@ -165,6 +165,21 @@ def test_a_listed_file_that_is_missing_is_unreadable_and_one_not_listed_any_more
     ]
 
 
+def test_named_files_that_are_not_there_any_more_are_asked_about(shop, tmp_path):
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(shop.root.iterdir())))
+    sources = open_sources([str(tmp_path / "list.txt")])
+    shop.sync(roots=sources)
+    for number in range(4):
+        (shop.root / f"{number:04d}.png").unlink()
+    assert counts(shop.sync(roots=sources)) == {"unchanged": 16, "failed": 4, "images": 16}
+    for number in range(4, 10):
+        (shop.root / f"{number:04d}.png").unlink()
+    with pytest.raises(DinosearchError, match=r"6 of 20 images are gone from .*list\.txt"):
+        shop.sync(roots=sources)
+    assert index_info(shop.index).images == 16
+    assert counts(shop.sync(roots=sources, allow_deletions=True)) == {"unchanged": 10, "failed": 10, "images": 10}
+
+
 def test_one_place_as_two_kinds_is_refused(shop):
     with pytest.raises(UsageError, match="is given as a folder and as files"):
         shop.sync(roots=open_sources([str(shop.root), str(shop.root / "0000.png")]))

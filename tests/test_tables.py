@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,15 @@ def test_a_row_whose_file_is_missing_is_an_image_that_cannot_be_read():
     [source] = open_source(write("t.csv", "path\ngone.jpg\na.jpg\n"))
     _, image = source.scan(ScanOptions(), note=lambda _: None).images
     assert (image.path, image.size, image.mtime_ns) == ("gone.jpg", 0, UNTRUSTED_TIME)
+
+
+def test_metadata_of_another_encoding_becomes_text_and_paths_keep_their_bytes():
+    Path(os.fsdecode(b"\xe9.jpg")).write_bytes(b"x")
+    Path("t.csv").write_bytes(b"path,gr\xf6\xdfe,\xfc\n\xe9.jpg,5\x80,a\x81\na.jpg,,\n")
+    [source] = open_source("t.csv")
+    images = source.scan(ScanOptions(), note=lambda _: None).images
+    assert [image.path for image in images] == ["a.jpg", "\udce9.jpg"]
+    assert json.loads(images[1].metadata) == {"größe": "5€", "ü": "a\ufffd"}
 
 
 def test_parquet_columns_keep_their_types(tmp_path):

@@ -1,5 +1,6 @@
 """`query`: the images most like some others."""
 
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -88,7 +89,7 @@ def _facts(match: "Match") -> dict[str, Any]:
 def _refuse_words(images: list[str]) -> None:
     for image in images:
         looks_like_a_file = re.search(r"[/\\]|\.\w{1,5}$", image)
-        if not looks_like_a_file and not Path(image).exists():
+        if not looks_like_a_file and not os.path.exists(image):  # noqa: PTH110 - Path's raises for long words
             raise UsageError(
                 f"no file {image!r}, and there is no text search: DINO compares images with images. "
                 "Ask with an image file: dinosearch query cat.jpg"

@@ -17,9 +17,9 @@ def find_images(root: Path, options: ScanOptions | None = None) -> Scan:
     Skips hidden and excluded names, and whatever is not a regular file in the end: a link to a regular file counts as
     that file, links to folders are not followed. Raises DinosearchError if `root` is no folder or cannot be listed.
     """
-    if not root.exists():
+    if not os.path.exists(root):  # noqa: PTH110 - Path's raises where it may not look
         raise DinosearchError(f"no folder {root}. Check the path")
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112
         raise DinosearchError(f"{root} is not a folder. Give the folder that holds the images")
     options = options or ScanOptions()
     hidden, excluded = hidden_test(options), exclusion_test(options)

@@ -288,7 +288,7 @@ class Catalog(CatalogReader):
 
 def is_index(index_path: Path) -> bool:
     """Whether a folder holds a catalog, be it one that was only begun."""
-    return (index_path / FILE_NAME).is_file()
+    return os.path.isfile(index_path / FILE_NAME)  # noqa: PTH113 - Path's raises where it may not look
 
 
 def _bring_forward(index_path: Path, note: Callable[[str], None]) -> None:

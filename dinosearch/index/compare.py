@@ -89,6 +89,8 @@ class Changes:
     """Files that leave the index because it was asked for, and no sign of a missing disk."""
     relabelled: list[tuple[int, str]] = field(default_factory=list)
     """Files (their id) of which a table says something else now."""
+    n_missing: dict[str, int] = field(default_factory=dict)
+    """By location of the root: good files that a list or table still names, and that are not there."""
     n_stored: dict[str, int] = field(default_factory=dict)
     """By location of the root: files that the catalog has."""
     n_out_of_reach: int = 0
@@ -110,7 +112,7 @@ def compare(changes: Changes, view: View, stored: Iterable[StoredFile], keys: De
     hidden = tuple(f"{folder}/" if folder else "" for folder, _ in view.scan.unreadable_folders) if view.scan else ()
     gone = changes.gone.setdefault(view.source.location, [])
     wanted: list[Wanted] = []
-    n_stored = 0
+    n_stored = n_missing = 0
     for before in stored:
         n_stored += 1
         image = _as_stored(before) if found is None else found.pop((before.path, before.member), None)
@@ -120,6 +122,8 @@ def compare(changes: Changes, view: View, stored: Iterable[StoredFile], keys: De
             elif before.status == OK and not before.embedded:
                 changes.n_out_of_reach += 1
             continue
+        was_sure = before.status == OK and before.mtime_ns != UNTRUSTED_TIME  # some servers never say anything
+        n_missing += was_sure and (image.size, image.mtime_ns) == (0, UNTRUSTED_TIME)
         same = _needs_no_reading(before, image, keys, all_pages=view.all_pages)
         if not same or view.verify:
             wanted.append(Wanted(view.root, view.source, image, before, view.all_pages, verified=same))
@@ -130,7 +134,7 @@ def compare(changes: Changes, view: View, stored: Iterable[StoredFile], keys: De
             changes.n_unchanged += 1
         else:
             changes.n_failed += 1
-    changes.n_stored[view.source.location] = n_stored
+    changes.n_stored[view.source.location], changes.n_missing[view.source.location] = n_stored, n_missing
     wanted += [Wanted(view.root, view.source, image, None, view.all_pages) for image in (found or {}).values()]
     changes.wanted += sorted(wanted, key=lambda each: (os.fsencode(each.found.path), os.fsencode(each.found.member)))
 
@@ -169,9 +173,9 @@ def match_moves(hashes: Mapping[Wanted, str], changes: Changes) -> dict[Wanted, 
 def refuse_mass_deletion(changes: Changes) -> None:
     """Raise DinosearchError if of any root's files more than MAX_GONE are gone."""
     for root, gone in changes.gone.items():
-        n_stored = changes.n_stored[root]
-        if len(gone) > MAX_GONE * n_stored:
+        n_stored, n_gone = changes.n_stored[root], len(gone) + changes.n_missing[root]
+        if n_gone > MAX_GONE * n_stored:
             raise DinosearchError(
-                f"{len(gone)} of {n_stored} images are gone from {root}; nothing was changed. "
+                f"{n_gone} of {n_stored} images are gone from {root}; nothing was changed. "
                 "If that is meant, run again with --yes; if a disk is missing, attach it first"
             )

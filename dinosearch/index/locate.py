@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dinosearch.errors import IndexNotFound, IndexUnusable, UsageError
+from dinosearch.errors import DinosearchError, IndexNotFound, UsageError
 from dinosearch.images.source import Source
 from dinosearch.index.catalog import Catalog, is_index
 
@@ -20,13 +20,13 @@ def indexes_path() -> Path:
 def list_indexes(indexes: Path) -> list[Path]:
     """Indexes, newest first by the time of their creation, without those that cannot be opened or were only begun."""
     found = []
-    for path in sorted(indexes.iterdir()) if indexes.is_dir() else []:
+    for path in _folder_entries(indexes):
         if is_index(path):
             try:
                 with Catalog.open(path) as catalog:
                     if catalog.roots():
                         found.append((catalog.meta("created"), path))
-            except IndexUnusable:
+            except DinosearchError:
                 continue  # named, it says what is wrong with it
     return [path for _, path in sorted(found, reverse=True)]
 
@@ -76,6 +76,18 @@ def checked_name(name: str) -> str:
     return name
 
 
+def _folder_entries(indexes: Path) -> list[Path]:
+    try:
+        return sorted(indexes.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DinosearchError(
+            f"the indexes in {indexes} cannot be listed ({error.strerror}). Check its permissions, or let "
+            "DINOSEARCH_INDEXES name another folder"
+        ) from error
+
+
 def _base_name(source: Source) -> str:
     """Last part of the location that is no pattern, without what makes a file's name end."""
     parts = [part for part in re.split(r"[/\\]", source.location) if part and not re.search(r"[*?\[]", part)]
@@ -89,7 +101,7 @@ def _base_name(source: Source) -> str:
 def _begun(path: Path) -> bool:
     """Whether a first run was killed here before it saved anything."""
     if not is_index(path):
-        return path.is_dir() and not any(path.glob("vectors-*"))
+        return os.access(path, os.R_OK | os.X_OK) and path.is_dir() and not any(path.glob("vectors-*"))
     try:
         with Catalog.open(path) as catalog:
             return not catalog.roots()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
-from pathlib import Path
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BadImage
 from dinosearch.images.names import is_image_name
 from dinosearch.images.read import read_stable
 from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, Source, StableBytes
+from dinosearch.images.sources.archives import missing
 from dinosearch.images.sources.files import FilesSource
 from dinosearch.images.sources.folder import FolderSource
 from dinosearch.images.sources.glob import GlobSource, absolute_pattern, is_pattern
@@ -42,16 +43,21 @@ def open_source(spec: str) -> list[Source]:
     if is_url(spec):
         open_files(spec)  # other protocols, a missing extra
         return [RemoteSource(spec.rstrip("/"))]
-    path = Path(spec)
-    if path.is_dir():
-        return [FolderSource(os.path.realpath(spec))]
-    if not path.exists():
+    try:
+        mode = os.stat(spec).st_mode  # noqa: PTH116 - surrogate escapes pass
+    except (OSError, ValueError) as error:
         if is_pattern(spec):
             return _matching(spec)
-        raise DinosearchError(f"no folder or file {spec}. Check the path; what is indexed of it stays as it is")
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise DinosearchError(
+                f"no folder or file {spec}. Check the path; what is indexed of it stays as it is"
+            ) from error
+        raise missing(spec, error) from error
+    if stat.S_ISDIR(mode):
+        return [FolderSource(os.path.realpath(spec))]
     folder, name = os.path.split(spec)
     location = os.path.join(os.path.realpath(folder), name)  # noqa: PTH118 - surrogate escapes pass
-    if path.is_file():  # and no pipe, whatever its name
+    if stat.S_ISREG(mode):  # and no pipe, whatever its name
         if is_image_name(name):
             return [FilesSource(os.path.realpath(folder), [name])]
         if name.lower().endswith(ARCHIVE_EXTENSIONS):
@@ -77,15 +83,18 @@ def known_source(kind: str, location: str) -> Source:
 def read_image(path: str) -> StableBytes:
     """The bytes behind what was printed or typed: a file, a URL, or a member of an archive, photos.zip/a.jpg.
 
-    Raises BadImage, and DinosearchError where an extra is missing or an archive cannot be read.
+    Raises BadImage, and DinosearchError where an extra is missing.
     """
     if is_url(path):
         return StableBytes(fetch(path), UNTRUSTED_TIME)
     at = path.find("/", 1)
-    while at > 0 and not Path(path).exists():
+    while at > 0 and not os.path.exists(path):  # noqa: PTH110 - Path's raises where it may not look
         archive, member = path[:at], path[at + 1 :]
-        if archive.lower().endswith(ARCHIVE_EXTENSIONS) and Path(archive).is_file():
-            return _read_member(known_source("archive", archive), member)
+        if archive.lower().endswith(ARCHIVE_EXTENSIONS) and os.path.isfile(archive):  # noqa: PTH113
+            try:
+                return _read_member(known_source("archive", archive), member)
+            except DinosearchError as error:
+                raise BadImage("unreadable", str(error)) from error
         at = path.find("/", at + 1)
     return read_stable(path)
 

@@ -78,10 +78,9 @@ def refuse_large(size: int) -> None:
         raise BadImage("too-large", f"{size >> 20} MiB; at most {MAX_MEMBER_BYTES >> 20} MiB are unpacked")
 
 
-def missing(location: str, error: OSError) -> DinosearchError:
-    return DinosearchError(
-        f"cannot read {location} ({error.strerror or error}). Check the path; what is indexed of it stays as it is"
-    )
+def missing(location: str, error: OSError | ValueError) -> DinosearchError:
+    reason = getattr(error, "strerror", None) or error
+    return DinosearchError(f"cannot read {location} ({reason}). Check the path; what is indexed of it stays as it is")
 
 
 def damaged(location: str, error: BaseException) -> DinosearchError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.find import in_byte_order
@@ -36,7 +35,7 @@ class FilesSource(LocalFiles):
 
     def scan(self, options: ScanOptions, *, note: Callable[[str], None]) -> Scan:  # noqa: ARG002
         """Named files count even if their names are hidden; excluded ones do not."""
-        if not Path(self.location).is_dir():
+        if not os.path.isdir(self.location):  # noqa: PTH112 - Path's raises where it may not look
             raise DinosearchError(f"no folder {self.location}. Check the path; what is indexed of it stays as it is")
         excluded = exclusion_test(options)
         images = []

@@ -7,7 +7,6 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.find import in_byte_order, regular_file
@@ -68,7 +67,7 @@ class _Walk:
     """One walk below a folder; remembers which folders could not be listed."""
 
     def __init__(self, base: str, options: ScanOptions) -> None:
-        if not Path(base).is_dir():
+        if not os.path.isdir(base):  # noqa: PTH112 - Path's raises where it may not look
             raise DinosearchError(f"no folder {base}. Check the path; what is indexed of it stays as it is")
         self.unreadable: list[tuple[str, str]] = []
         self._base = base

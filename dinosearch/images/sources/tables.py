@@ -12,7 +12,6 @@ import datetime
 import decimal
 import io
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dinosearch.errors import DinosearchError
+from dinosearch.images.sources.metadata import as_json
 from dinosearch.images.sources.named import Named, NamedImages
 
 COLUMNS = ("path", "image_path", "file_path", "filepath", "image", "file", "filename", "file_name", "url", "image_url")
@@ -70,7 +70,7 @@ def _csv_rows(location: str) -> Iterator[Named]:
             for at, name in enumerate(names)
             if at != column and name and at < len(cells) and cells[at]
         }
-        yield Named(line, path, _as_json(values))
+        yield Named(line, path, as_json(values))
 
 
 def _csv_cells(location: str, text: str) -> Iterator[tuple[int, list[str]]]:
@@ -134,9 +134,7 @@ def _parquet_rows(location: str) -> Iterator[Named]:
                     if not isinstance(path, str) or not path:
                         raise DinosearchError(f"{location} row {row}: {column} is no path. Write a path or URL in each")
                     plain = {name: _plain(value) for name, value in values.items()}
-                    yield Named(
-                        row, path, _as_json({name: value for name, value in plain.items() if value is not None})
-                    )
+                    yield Named(row, path, as_json({name: value for name, value in plain.items() if value is not None}))
     except arrow.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise DinosearchError(f"{location} is no Parquet file ({reason}). Check that it was copied whole") from error
@@ -164,7 +162,3 @@ def _plain(value: object) -> object:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     return value if isinstance(value, bool | int | str) and value != "" else None
-
-
-def _as_json(values: dict[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True) if values else ""

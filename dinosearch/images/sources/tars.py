@@ -11,6 +11,8 @@ import gzip
 import importlib
 import json
 import lzma
+import math
+import re
 import tarfile
 import zlib
 from collections import defaultdict
@@ -32,6 +34,7 @@ from dinosearch.images.sources.archives import (
     refuse_large,
     wanted_members,
 )
+from dinosearch.images.sources.metadata import as_json
 
 COMPRESSED = {
     (".tar.gz", ".tgz"): "gzip",
@@ -165,8 +168,7 @@ class _Sidecars:
             self._values[key].update(_sidecar(extension, file.read().decode("utf-8", "replace").strip()))
 
     def of(self, name: str) -> str:
-        values = self._values.get(_key(name)[0])
-        return json.dumps(values, sort_keys=True) if values else ""
+        return as_json(self._values.get(_key(name)[0], {}))
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -178,14 +180,20 @@ def _key(name: str) -> tuple[str, str]:
 
 def _sidecar(extension: str, text: str) -> dict[str, Any]:
     if extension == "cls":
-        return {"cls": int(text) if text.lstrip("-").isdecimal() and len(text) < 16 else text}
+        return {"cls": int(text) if re.fullmatch(r"-?\d{1,15}", text, re.ASCII) else text}
     if extension == "txt":
         return {"txt": text}
     try:
-        value = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN
+        value = json.loads(text, parse_float=_finite, parse_constant=lambda _: None)  # JSON has no NaN
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {"json": value}
+
+
+def _finite(text: str) -> float | None:
+    """1e999 is a number to JSON, and infinity to Python."""
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 class _Header(tarfile.TarInfo):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import stat
 import threading
 import zipfile
@@ -57,7 +58,7 @@ class ZipSource(Archive):
             finally:
                 with self._lock:
                     file.close()
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
             raise BadImage("corrupt", str(error) or "ends early") from error
         except (OSError, NotImplementedError, RuntimeError, ValueError) as error:
             raise BadImage("unreadable", str(error)) from error
