@@ -7,10 +7,11 @@ import time
 
 import pytest
 from conftest import encoded
-from indexing import Workshop, a_model, last, write_image, write_images
+from indexing import Workshop, a_model, last, set_age, write_image, write_images
 from PIL import Image
 
 from dinosearch.images import workers
+from dinosearch.images.decode import BadImage
 from dinosearch.index.contents import failures, read_vectors
 from dinosearch.index.survey import GivenOptions
 
@@ -70,6 +71,22 @@ def test_a_bad_page_fails_alone(shop):
     good = len(read_vectors(shop.index)[0])
     assert 1 <= good < 6
     assert {row.status for row in failures(shop.index)} == {"truncated"}
+
+
+def test_pages_of_a_file_that_could_not_be_read_once_come_back(shop, monkeypatch):
+    write_pages(shop.root / "a.tif", 3)
+    shop.sync(options=ALL_PAGES)
+    set_age(shop.root / "a.tif", 500)
+
+    def denied(*_):
+        raise BadImage("unreadable", "denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers.DecodePool, "read", denied)
+        assert shop.sync(options=ALL_PAGES).failed == 1
+    assert len(read_vectors(shop.index)[0]) == 0
+    assert shop.sync(options=ALL_PAGES).failed == 0
+    assert len(read_vectors(shop.index)[0]) == 3
 
 
 def test_a_bound_on_memory_refuses_what_would_not_fit(shop):

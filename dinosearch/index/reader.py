@@ -18,6 +18,7 @@ from dinosearch.index.conditions import BUILT_IN, Condition
 from dinosearch.index.database import damaged, explained
 from dinosearch.index.rows import (
     OK,
+    UNREADABLE,
     Content,
     CopiedFile,
     FailedFile,
@@ -165,11 +166,12 @@ class CatalogReader:
             """SELECT f.frame, f.status, f.reason, f.width, f.height, v.id FROM files AS one
             JOIN files AS f ON f.root = one.root AND f.path = one.path AND f.member = one.member
             LEFT JOIN vectors AS v ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ?
-            WHERE one.id = (SELECT id FROM files WHERE content_hash = ? AND frame = 0 AND frames NOT NULL LIMIT 1)
+            WHERE one.id = (SELECT id FROM files WHERE content_hash = ? AND frame = 0 AND frames NOT NULL
+            AND status != 'unreadable' LIMIT 1)
             ORDER BY f.frame""",
             (fingerprint, content_hash),
         )
-        if not rows or any(status == OK and vector is None for _, status, *_, vector in rows):
+        if not rows or any(status == UNREADABLE or (status == OK and vector is None) for _, status, *_, vector in rows):
             return None
         return [Content(status, reason, width, height) for _, status, reason, width, height, _ in rows]
 
