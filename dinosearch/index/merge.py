@@ -200,11 +200,14 @@ def _in_order(parts: list[tuple[Catalog, Root]]) -> Iterator[CopiedFile]:
         yield next(same)
 
 
-def _place(file: CopiedFile) -> tuple[bool, bytes, bytes, int]:
-    """The catalog's order: paths that are not UTF-8 come last."""
+def _place(file: CopiedFile) -> tuple[bool, bytes, bool, bytes, int]:
+    """The catalog's order: names that are not UTF-8 come last."""
     row = file.row
-    path = os.fsencode(row.path)
-    return any("\udc80" <= letter <= "\udcff" for letter in row.path), path, row.member.encode(), row.frame
+    return *_order(row.path), *_order(row.member), row.frame
+
+
+def _order(name: str) -> tuple[bool, bytes]:
+    return any("\udc80" <= letter <= "\udcff" for letter in name), os.fsencode(name)
 
 
 def _batches(files: Iterator[CopiedFile]) -> Iterator[list[CopiedFile]]:

@@ -132,8 +132,8 @@ class CatalogReader:
         )
         for number, path, member, size, mtime_ns, content_hash, status, tried, metadata, frames in rows:
             yield StoredFile(
-                number, self._path_of(path), member, size, mtime_ns, content_hash, status, tried, metadata, frames,
-                status == OK and number not in lacking,
+                number, self._path_of(path), self._path_of(member), size, mtime_ns, content_hash, status, tried,
+                metadata, frames, status == OK and number not in lacking,
             )  # fmt: skip
 
     def _first_frame(self, number: int) -> int | None:
@@ -189,7 +189,7 @@ class CatalogReader:
             query = " AND ".join([f"SELECT {_LIVE_FIELDS} FROM {_LIVE}", *(sql for sql, _ in tests)])
             values = [value for _, each in tests for value in each]
             rows = self._stream(f"{query} ORDER BY f.root, f.path, f.member, f.frame", (fingerprint, *values))
-            yield from (LiveFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
+            yield from (self._live_file(*row) for row in rows)
             return
         assert not where
         for start in range(0, len(vector_ids), 500):  # SQLite bounds the number of parameters
@@ -202,7 +202,7 @@ class CatalogReader:
                 WHERE v.id IN ({marks}) AND v.fingerprint = ? AND f.status = 'ok'""",
                 (*some, fingerprint),
             )
-            yield from (LiveFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
+            yield from (self._live_file(*row) for row in rows)
 
     def n_images(self) -> int:
         """Files that a search can return."""
@@ -233,7 +233,9 @@ class CatalogReader:
             """SELECT root, path, member, frame, status, reason FROM files WHERE status != 'ok'
             ORDER BY root, path, member, frame"""
         )
-        yield from (FailedFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
+        yield from (
+            FailedFile(root, self._path_of(path), self._path_of(member), *rest) for root, path, member, *rest in rows
+        )
 
     def metadata_columns(self) -> dict[str, set[str]]:
         """Names of what tables say of their images, in order, and the JSON types of their values."""
@@ -256,7 +258,7 @@ class CatalogReader:
             (self.fingerprint, root),
         )
         for path, member, frame, size, mtime_ns, hashed, status, reason, w, h, tried, frames, metadata, vector in rows:
-            known = (size, mtime_ns, hashed, status, reason, w, h, tried, member, frame, frames, metadata)
+            known = (size, mtime_ns, hashed, status, reason, w, h, tried, self._path_of(member), frame, frames, metadata)
             yield CopiedFile(FileRow(root, self._path_of(path), *known), vector)
 
     def n_vectors(self, *, fingerprint: str, after: int = 0) -> int:
@@ -284,8 +286,8 @@ class CatalogReader:
         files: list[LiveFile] = []
         blobs: list[bytes] = []
         query = f"SELECT {_LIVE_FIELDS}, v.vector FROM {_LIVE} ORDER BY f.root, f.path, f.member, f.frame"
-        for root, path, *rest, blob in self._stream(query, (self.fingerprint,)):
-            files.append(LiveFile(root, self._path_of(path), *rest))
+        for *row, blob in self._stream(query, (self.fingerprint,)):
+            files.append(self._live_file(*row))
             blobs.append(blob)
             if len(files) == _BLOCK:
                 yield files, unit(self._halves(blobs))
@@ -337,6 +339,11 @@ class CatalogReader:
             return np.frombuffer(b"".join(blobs), dtype=np.float16).reshape(len(blobs), -1)
         except ValueError as error:
             raise damaged(self.path, "a vector has another length than the others") from error
+
+    def _live_file(
+        self, root: int, path: str | bytes, member: str | bytes, frame: int, vector_id: int, metadata: str
+    ) -> LiveFile:
+        return LiveFile(root, self._path_of(path), self._path_of(member), frame, vector_id, metadata)
 
     def _path_of(self, stored: str | bytes) -> str:
         if isinstance(stored, str):
