@@ -159,8 +159,12 @@ class Catalog(CatalogReader):
         self._write("UPDATE files SET frames = NULL WHERE root = ?", [(root,)])
 
     def set_metadata(self, metadata: Iterable[tuple[int, str]]) -> None:
-        """What a table now says of files (their id) that are as they were."""
-        self._write("UPDATE files SET metadata = nullif(?2, '') WHERE id = ?1", metadata)
+        """What a table now says of files (their id), with all their frames, that are as they were."""
+        self._write(
+            """UPDATE files SET metadata = nullif(?2, '')
+            WHERE (root, path, member) = (SELECT root, path, member FROM files WHERE id = ?1)""",
+            metadata,
+        )
 
     def move_files(self, moves: Iterable[tuple[int, FileRow]]) -> None:
         """Give files (their id) another root, path, member, size, mtime_ns and metadata; what they hold stays."""
