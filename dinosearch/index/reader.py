@@ -37,6 +37,10 @@ _LIVE = """files AS f JOIN vectors AS v
 
 _LIVE_FIELDS = "f.root, f.path, f.member, f.frame, v.id, coalesce(f.metadata, '')"
 
+# Below the source; of a member with the path of its archive, if that has one there.
+_PATH = """(CAST(f.path AS TEXT) || CASE WHEN f.path != '' AND f.member != '' THEN '/' ELSE '' END
+    || CAST(f.member AS TEXT))"""
+
 # Every file with its vector of one model, or NULL, by content: the search trees of both are walked side by side.
 _BY_CONTENT = """files AS f INDEXED BY files_by_content LEFT JOIN vectors AS v
     ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ?"""
@@ -353,23 +357,25 @@ class CatalogReader:
         raise damaged(self.path, "a path is no text")
 
 
-def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str, list[str | float]]:
+def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str, list[bytes | float]]:
     """A condition in SQL, and the values of its parameters."""
-    name, number, text = condition.column, condition.number, condition.value
+    # As bytes: text that is not UTF-8, as names may be, cannot be given to SQLite otherwise.
+    name, number, text = os.fsencode(condition.column), condition.number, os.fsencode(condition.value)
     # json_each takes any name; a path of json_extract none with quotes in it.
-    column, own = "(SELECT value FROM json_each(f.metadata) WHERE key = ?)", [name]
-    if name in BUILT_IN and name not in metadata_columns:
-        column, own = ("CAST(f.path AS TEXT)" if name == "path" else f"f.{name}"), []
+    column, own = "(SELECT value FROM json_each(f.metadata) WHERE key = CAST(? AS TEXT))", [name]
+    if condition.column in BUILT_IN and condition.column not in metadata_columns:
+        column, own = (_PATH if condition.column == "path" else f"f.{condition.column}"), []
     if condition.comparison == "~":
-        return f"instr(lower({column}), lower(?)) > 0", [*own, text]
+        return f"instr(lower({column}), lower(CAST(? AS TEXT))) > 0", [*own, text]
     if condition.comparison in ("=", "!="):
-        equal = f"({column} = ? OR {column} = ?)" if number is not None else f"{column} = ?"
-        values: list[str | float] = [*own, text, *own, number] if number is not None else [*own, text]
+        equal = f"{column} = CAST(? AS TEXT)"
+        equal = f"({equal} OR {column} = ?)" if number is not None else equal
+        values: list[bytes | float] = [*own, text, *own, number] if number is not None else [*own, text]
         if condition.comparison == "=":
             return equal, values
         return f"{column} NOT NULL AND NOT {equal}", [*own, *values]
     if number is None:
-        return f"{column} {condition.comparison} ? AND typeof({column}) = 'text'", [*own, text, *own]
+        return f"{column} {condition.comparison} CAST(? AS TEXT) AND typeof({column}) = 'text'", [*own, text, *own]
     return f"{column} {condition.comparison} ? AND typeof({column}) != 'text'", [*own, number, *own]
 
 
