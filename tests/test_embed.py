@@ -63,6 +63,18 @@ def test_pages_are_added_when_they_are_asked_for_later(shop):
     assert len(read_vectors(shop.index)[0]) == 5
 
 
+def test_a_file_that_moves_to_where_only_first_pages_count_keeps_one(shop, tmp_path):
+    write_pages(shop.root / "a.tif", 3)
+    write_image(shop.root / "b.png", 1)
+    write_image(tmp_path / "first" / "c.png", 2)
+    shop.sync(options=ALL_PAGES)
+    shop.sync(roots=[tmp_path / "first"])
+    (shop.root / "a.tif").rename(tmp_path / "first" / "a.tif")
+    summary = shop.sync(roots=[shop.root, tmp_path / "first"])
+    assert (summary.moved, summary.embedded) == (1, 0)
+    assert len(read_vectors(shop.index)[0]) == 3
+
+
 def test_a_bad_page_fails_alone(shop):
     write_pages(shop.root / "a.gif", 6)
     data = (shop.root / "a.gif").read_bytes()
