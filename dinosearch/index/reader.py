@@ -262,7 +262,8 @@ class CatalogReader:
             (self.fingerprint, root),
         )
         for path, member, frame, size, mtime_ns, hashed, status, reason, w, h, tried, frames, metadata, vector in rows:
-            known = (size, mtime_ns, hashed, status, reason, w, h, tried, self._path_of(member), frame, frames, metadata)
+            member = self._path_of(member)
+            known = (size, mtime_ns, hashed, status, reason, w, h, tried, member, frame, frames, metadata)
             yield CopiedFile(FileRow(root, self._path_of(path), *known), vector)
 
     def n_vectors(self, *, fingerprint: str, after: int = 0) -> int:
