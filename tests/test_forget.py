@@ -11,6 +11,7 @@ from dinosearch.images.sources import open_sources
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.contents import index_info, read_vectors
 from dinosearch.index.forget import forget
+from dinosearch.index.reader import unit
 from dinosearch.index.survey import GivenOptions
 from dinosearch.query.search import open_index
 
@@ -40,8 +41,7 @@ def traces(shop, *needles):
 
 
 def as_float32(blob):
-    vectors = np.frombuffer(blob, dtype=np.float16).astype(np.float32)[None]
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).tobytes()
+    return unit(np.frombuffer(blob, dtype=np.float16)[None]).tobytes()
 
 
 def test_a_forgotten_file_that_is_gone_leaves_no_trace(shop):
@@ -102,6 +102,15 @@ def test_a_source_that_is_forgotten_as_a_whole_is_followed_no_more(shop, tmp_pat
     forgotten = forget(shop.index, [str(tmp_path / "other")])
     assert (forgotten.files, forgotten.excluded, forgotten.images) == (3, [], 16)
     assert index_info(shop.index).roots == [str(shop.root)]
+
+
+def test_a_list_in_a_forgotten_folder_is_followed_as_long_as_it_names_others(shop, tmp_path):
+    other = write_image(tmp_path / "other" / "b.png", 300)
+    (shop.root / "list.txt").write_text(f"0000.png\n0001.png\n{other}\n")
+    shop.sync(roots=open_sources([str(shop.root / "list.txt")]))
+    assert forget(shop.index, [str(shop.root)]).images == 1
+    assert [file.path for file in read_vectors(shop.index)[0]] == [other]
+    assert shop.sync(roots=open_sources([str(shop.root / "list.txt")])).images == 1
 
 
 def test_a_member_of_an_archive_is_forgotten_and_stays_so(shop, tmp_path):

@@ -94,7 +94,8 @@ def _keep_out(
     """Patterns that were added to the options of a source; one that was forgotten as a whole is followed no more."""
     if not files:
         return []
-    if _lies_in(source.location, targets):
+    # A list may name files elsewhere, which stay.
+    if _lies_in(source.location, targets) and not catalog.n_files(root):
         catalog.remove_root(root)
         return []
     before = catalog.roots()[root].options
