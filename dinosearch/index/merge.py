@@ -83,9 +83,11 @@ def merge_indexes(index_paths: Sequence[Path], *, into: Path) -> Generator[Merge
             done = 0
             for root, parts in _roots(catalogs).items():
                 number = merged.add_root(parts[0][1].kind, root)
-                merged.set_options(number, parts[0][1].options)
+                forgotten = dict.fromkeys(each for _, part in parts for each in part.options.forgotten)
+                merged.set_options(number, replace(parts[0][1].options, forgotten=tuple(forgotten)))
                 stamps = {part.stamp for _, part in parts}
-                for batch in _batches(_in_order(parts)):
+                files = (file for file in _in_order(parts) if (file.row.path, file.row.member) not in forgotten)
+                for batch in _batches(files):
                     _copy(merged, number, batch)
                     done += len(batch)
                     if done % _COMMIT_FILES < len(batch):
@@ -135,7 +137,7 @@ def _check(catalogs: list[Catalog]) -> None:
     by_location = {root.location: root for root in roots}
     for root in roots:
         other = by_location[root.location]
-        if (root.kind, root.options) != (other.kind, other.options):
+        if (root.kind, replace(root.options, forgotten=())) != (other.kind, replace(other.options, forgotten=())):
             raise UsageError(f"the indexes see {root.location} by different options. Index it alike in both")
     refuse_overlap(roots)
 

@@ -390,4 +390,5 @@ def unit(halves: np.ndarray) -> np.ndarray:
 
 def _options_of(stored: str) -> RootOptions:
     options = json.loads(stored)
-    return RootOptions(**(options | {"exclude": tuple(options.get("exclude", ()))}))
+    forgotten = tuple((path, member) for path, member in options.get("forgotten", ()))
+    return RootOptions(**(options | {"exclude": tuple(options.get("exclude", ())), "forgotten": forgotten}))
