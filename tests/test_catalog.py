@@ -90,6 +90,34 @@ def test_paths_that_are_not_utf8_are_kept_as_bytes(catalog, tmp_path):
     assert rows == [("blob",), ("text",)]
 
 
+def test_members_that_are_not_utf8_are_kept_as_bytes(catalog):
+    number = catalog.add_root("archive", "/photos.tar")
+    member = os.fsdecode(b"caf\xe9.png")
+    catalog.put_vectors([("aa", 0, 4, 3)], unit(1), fingerprint="f" * 16)
+    catalog.put_files([FileRow(number, "", 1, 2, "aa", "ok", member=member, frames=2)])
+    catalog.put_files([FileRow(number, "", 1, 2, "aa", "corrupt", "why", member=member, frame=1)])
+    [stored] = catalog.stored_files(number, fingerprint="f" * 16)
+    [failed] = catalog.failures()
+    [live] = catalog.live_files()
+    [([searched], _)] = catalog.live_vectors()
+    [chosen] = catalog.live_files(vector_ids=[live.vector_id])
+    copied = [file.row.member for file in catalog.files_to_copy(number)]
+    assert {each.member for each in (stored, failed, live, searched, chosen)} == {member} == set(copied)
+    catalog.put_files([FileRow(number, "", 1, 2, "aa", "ok", member=member)])
+    assert list(catalog.failures()) == []  # the further frame went
+    catalog.move_files([(stored.id, FileRow(number, "", 1, 2, "aa", "ok", member=f"in/{member}"))])
+    assert [each.member for each in catalog.stored_files(number, fingerprint="")] == [f"in/{member}"]
+
+
+def test_what_a_table_says_of_a_file_holds_for_all_its_frames(catalog):
+    number = catalog.add_root("table", "/photos.csv")
+    catalog.put_files([FileRow(number, "a.tif", 1, 2, "aa", "ok", frames=2, metadata='{"price": 1}')])
+    catalog.put_files([FileRow(number, "a.tif", 1, 2, "aa", "ok", frame=1, metadata='{"price": 1}')])
+    [stored] = catalog.stored_files(number, fingerprint="")
+    catalog.set_metadata([(stored.id, '{"price": 2}')])
+    assert [file.row.metadata for file in catalog.files_to_copy(number)] == ['{"price": 2}'] * 2
+
+
 def test_an_unreadable_file_keeps_the_hash_it_had(catalog):
     number = fill(catalog, 1)
     catalog.put_files([FileRow(number, "0.png", 10, 20, None, "unreadable", "denied")])

@@ -1,12 +1,14 @@
 """Conditions as people write them, and what they mean to a catalog."""
 
 import json
+import os
 
 import pytest
 
 from dinosearch.errors import UsageError
-from dinosearch.index.catalog import OK, Catalog, FileRow
+from dinosearch.index.catalog import Catalog
 from dinosearch.index.conditions import Condition, check_columns
+from dinosearch.index.rows import OK, FileRow
 
 SAID = {
     "a.png": {"brand": "Acme", "price": 5, "made": "2024-03-01", "sold": True},
@@ -60,6 +62,24 @@ def test_a_condition_leaves_what_fulfils_it(catalog, texts, found):
 def test_values_are_values_whatever_they_say(catalog):
     for text in ("brand=' OR 1=1 --", 'brand"=x', "brand=%", "path~'"):
         assert list(catalog.live_files(where=[Condition.parse(text)])) == []
+
+
+def test_a_path_is_that_of_a_member_too_and_need_not_be_utf8(catalog):
+    import numpy as np
+
+    zipped, loose = catalog.add_root("archive", "/photos.zip"), catalog.add_root("folder", "/loose")
+    odd = os.fsdecode(b"caf\xe9.png")
+    for number, (root, path, member) in enumerate([(zipped, "", "in/a.png"), (loose, odd, "")]):
+        catalog.put_vectors([(f"m{number}", 0, 1, 1)], np.ones((1, 2)), fingerprint="f")
+        catalog.put_files([FileRow(root, path, 1, 1, f"m{number}", OK, member=member)])
+
+    def found(text):
+        return [file.path + file.member for file in catalog.live_files(where=[Condition.parse(text)])]
+
+    assert found("path=in/a.png") == ["in/a.png"]
+    assert found(f"path={odd}") == [odd]
+    assert found(f"path~{odd[:4]}") == [odd]
+    assert found(f"brand={odd}") == []
 
 
 @pytest.mark.parametrize("text", ["", "brand", "=x", "<3"])

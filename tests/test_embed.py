@@ -8,10 +8,11 @@ import time
 
 import pytest
 from conftest import encoded
-from indexing import ProjectingEncoder, Workshop, a_model, last, write_image, write_images
+from indexing import ProjectingEncoder, Workshop, a_model, last, set_age, write_image, write_images
 from PIL import Image
 
 from dinosearch.images import workers
+from dinosearch.images.decode import BadImage
 from dinosearch.images.sources import open_sources
 from dinosearch.index.contents import failures, index_info, read_vectors
 from dinosearch.index.survey import GivenOptions
@@ -65,6 +66,18 @@ def test_pages_are_added_when_they_are_asked_for_later(shop):
     assert len(read_vectors(shop.index)[0]) == 5
 
 
+def test_a_file_that_moves_to_where_only_first_pages_count_keeps_one(shop, tmp_path):
+    write_pages(shop.root / "a.tif", 3)
+    write_image(shop.root / "b.png", 1)
+    write_image(tmp_path / "first" / "c.png", 2)
+    shop.sync(options=ALL_PAGES)
+    shop.sync(roots=[tmp_path / "first"])
+    (shop.root / "a.tif").rename(tmp_path / "first" / "a.tif")
+    summary = shop.sync(roots=[shop.root, tmp_path / "first"])
+    assert (summary.moved, summary.embedded) == (1, 0)
+    assert len(read_vectors(shop.index)[0]) == 3
+
+
 def test_a_bad_page_fails_alone(shop):
     write_pages(shop.root / "a.gif", 6)
     data = (shop.root / "a.gif").read_bytes()
@@ -74,6 +87,22 @@ def test_a_bad_page_fails_alone(shop):
     good = len(read_vectors(shop.index)[0])
     assert 1 <= good < 6
     assert {row.status for row in failures(shop.index)} == {"truncated"}
+
+
+def test_pages_of_a_file_that_could_not_be_read_once_come_back(shop, monkeypatch):
+    write_pages(shop.root / "a.tif", 3)
+    shop.sync(options=ALL_PAGES)
+    set_age(shop.root / "a.tif", 500)
+
+    def denied(*_):
+        raise BadImage("unreadable", "denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers.DecodePool, "read", denied)
+        assert shop.sync(options=ALL_PAGES).failed == 1
+    assert len(read_vectors(shop.index)[0]) == 0
+    assert shop.sync(options=ALL_PAGES).failed == 0
+    assert len(read_vectors(shop.index)[0]) == 3
 
 
 def test_a_bound_on_memory_refuses_what_would_not_fit(shop):

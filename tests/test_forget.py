@@ -11,6 +11,7 @@ from dinosearch.images.sources import open_sources
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.contents import index_info, read_vectors
 from dinosearch.index.forget import forget
+from dinosearch.index.reader import unit
 from dinosearch.index.survey import GivenOptions
 from dinosearch.query.search import open_index
 
@@ -40,8 +41,7 @@ def traces(shop, *needles):
 
 
 def as_float32(blob):
-    vectors = np.frombuffer(blob, dtype=np.float16).astype(np.float32)[None]
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).tobytes()
+    return unit(np.frombuffer(blob, dtype=np.float16)[None]).tobytes()
 
 
 def test_a_forgotten_file_that_is_gone_leaves_no_trace(shop):
@@ -71,13 +71,22 @@ def test_a_forgotten_file_that_is_still_there_is_not_taken_in_again(shop):
     shop.sync()
     vector = stored_vector(shop, path.name)
     forgotten = forget(shop.index, [str(path)])
-    assert forgotten.excluded == ["/\\[odd\\]\\ name\\!.png"]
+    assert forgotten.excluded == [str(path)]
     assert traces(shop, vector, as_float32(vector)) == []
     summary = shop.sync()
     assert (summary.new, summary.unchanged, summary.images) == (0, 17, 17)
-    assert "odd" in shop.notes[-1]
-    summary = shop.sync(options=GivenOptions(exclude=()))
-    assert (summary.new, summary.embedded) == (1, 1)
+    assert "without 1 forgotten" in shop.notes[-1]
+    summary = shop.sync(options=GivenOptions(exclude=("*.tif",)))
+    assert (summary.new, summary.unchanged) == (0, 17)
+
+
+def test_what_a_list_named_from_the_current_folder_stays_forgotten(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(shop.root)
+    (tmp_path / "list.txt").write_text("0000.png\n0001.png\n")
+    sources = open_sources([str(tmp_path / "list.txt")])
+    shop.sync(roots=sources)
+    forget(shop.index, ["0000.png"])
+    assert shop.sync(roots=sources).images == 1
 
 
 def test_a_vector_that_another_file_needs_stays(shop):
@@ -104,14 +113,24 @@ def test_a_source_that_is_forgotten_as_a_whole_is_followed_no_more(shop, tmp_pat
     assert index_info(shop.index).roots == [str(shop.root)]
 
 
+def test_a_list_in_a_forgotten_folder_is_followed_as_long_as_it_names_others(shop, tmp_path):
+    other = write_image(tmp_path / "other" / "b.png", 300)
+    (shop.root / "list.txt").write_text(f"0000.png\n0001.png\n{other}\n")
+    shop.sync(roots=open_sources([str(shop.root / "list.txt")]))
+    assert forget(shop.index, [str(shop.root)]).images == 1
+    assert [file.path for file in read_vectors(shop.index)[0]] == [other]
+    assert shop.sync(roots=open_sources([str(shop.root / "list.txt")])).images == 1
+
+
 def test_a_member_of_an_archive_is_forgotten_and_stays_so(shop, tmp_path):
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         for number in range(3):
             archive.write(shop.root / "private" / f"000{number}.png", f"in/{number}.png")
     os.utime(tmp_path / "photos.zip", (1e9, 1e9))
     shop.sync(roots=open_sources([str(tmp_path / "photos.zip")]))
-    forgotten = forget(shop.index, [str(tmp_path / "photos.zip" / "in" / "1.png")])
-    assert (forgotten.files, forgotten.vectors, forgotten.excluded) == (1, 1, ["/in/1.png"])
+    member = str(tmp_path / "photos.zip" / "in" / "1.png")
+    forgotten = forget(shop.index, [member])
+    assert (forgotten.files, forgotten.vectors, forgotten.excluded) == (1, 1, [member])
     assert shop.sync(roots=open_sources([str(tmp_path / "photos.zip")])).images == 2
 
 

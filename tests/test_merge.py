@@ -8,6 +8,7 @@ from indexing import Workshop, a_model, never, write_images
 
 from dinosearch.errors import IndexUnusable, UsageError
 from dinosearch.index.contents import failures, read_vectors
+from dinosearch.index.forget import forget
 from dinosearch.index.merge import merge_indexes
 from dinosearch.index.survey import GivenOptions, Shard
 from dinosearch.index.sync import sync_index
@@ -139,6 +140,15 @@ def test_sources_seen_by_different_options_are_refused(shop, tmp_path):
     other.sync(options=GivenOptions(exclude=("copy*",)))
     with pytest.raises(UsageError, match="different options"):
         merge([shop.index, other.index], tmp_path / "merged")
+
+
+def test_what_was_forgotten_in_one_shard_stays_out_of_the_whole(shop, tmp_path):
+    parts = shards(shop, 2)
+    path = read_vectors(parts[0])[0][-1].path
+    forget(parts[0], [str(path)])
+    assert merge(parts, tmp_path / "merged").images == N + 5
+    merged = Workshop(shop.root, tmp_path / "merged", shop.model, None, [])
+    assert merged.sync().images == N + 5
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3"])

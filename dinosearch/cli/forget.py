@@ -34,6 +34,6 @@ def forget(
     )
     if forgotten.excluded:
         show.note(
-            f"{len(forgotten.excluded)} of them are still in their source: their paths are kept as exclusions, so that "
-            "index passes them over; delete the files first to erase their names too"
+            f"{len(forgotten.excluded)} of them are still in their source: their names are kept, so that index passes "
+            "them over; delete the files first to erase their names too"
         )

@@ -6,7 +6,7 @@ reads them.
 Identity is the hash of a file's content: equal files share one vector, a moved file keeps it. Vectors are stored as
 float16 and given out as float32 of unit length, so that a vector is the same number wherever it is read from.
 Vector ids are never used twice; a FAISS file that names a pruned id can therefore never point at another image.
-Paths that are not UTF-8 are stored as BLOB, all others as TEXT.
+Paths and names of members that are not UTF-8 are stored as BLOB, all others as TEXT.
 """
 
 from __future__ import annotations
@@ -143,14 +143,14 @@ class Catalog(CatalogReader):
             reason = excluded.reason, width = excluded.width, height = excluded.height, decoders = excluded.decoders,
             frames = excluded.frames, metadata = excluded.metadata""",
             (
-                (row.root, _stored(row.path), row.member, row.frame, row.size, row.mtime_ns, row.content_hash,
+                (row.root, _stored(row.path), _stored(row.member), row.frame, row.size, row.mtime_ns, row.content_hash,
                  row.status, row.reason, row.width, row.height, row.decoders, row.frames, row.metadata)
                 for row in rows
             ),
         )  # fmt: skip
         self._write(
             "DELETE FROM files WHERE root = ? AND path = ? AND member = ? AND frame >= ?",
-            ((row.root, _stored(row.path), row.member, row.frames or 1) for row in rows if row.frame == 0),
+            ((row.root, _stored(row.path), _stored(row.member), row.frames or 1) for row in rows if row.frame == 0),
         )
 
     def forget_frames(self, root: int) -> None:
@@ -159,8 +159,12 @@ class Catalog(CatalogReader):
         self._write("UPDATE files SET frames = NULL WHERE root = ?", [(root,)])
 
     def set_metadata(self, metadata: Iterable[tuple[int, str]]) -> None:
-        """What a table now says of files (their id) that are as they were."""
-        self._write("UPDATE files SET metadata = nullif(?2, '') WHERE id = ?1", metadata)
+        """What a table now says of files (their id), with all their frames, that are as they were."""
+        self._write(
+            """UPDATE files SET metadata = nullif(?2, '')
+            WHERE (root, path, member) = (SELECT root, path, member FROM files WHERE id = ?1)""",
+            metadata,
+        )
 
     def move_files(self, moves: Iterable[tuple[int, FileRow]]) -> None:
         """Give files (their id) another root, path, member, size, mtime_ns and metadata; what they hold stays."""
@@ -168,7 +172,7 @@ class Catalog(CatalogReader):
             """UPDATE files SET root = ?2, path = ?3, member = ?4, size = ?5, mtime_ns = ?6, metadata = nullif(?7, '')
             WHERE (root, path, member) = (SELECT root, path, member FROM files WHERE id = ?1)""",
             (
-                (number, row.root, _stored(row.path), row.member, row.size, row.mtime_ns, row.metadata)
+                (number, row.root, _stored(row.path), _stored(row.member), row.size, row.mtime_ns, row.metadata)
                 for number, row in moves
             ),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +112,11 @@ def index_info(index_path: Path) -> IndexInfo:
             model=catalog.meta("model"),
             fingerprint=fingerprint,
             roots=[root.location for root in roots],
-            sources=[SourceInfo(root.kind, root.location, **asdict(root.options)) for root in roots],
+            sources=[
+                SourceInfo(root.kind, root.location, seen.exclude, seen.include_hidden, seen.all_pages)
+                for root in roots
+                for seen in [root.options]
+            ],
             metadata=list(catalog.metadata_columns()),
             shard=catalog.shard(),
             faiss=_faiss_info(generation) if generation else None,

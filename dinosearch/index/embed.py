@@ -349,12 +349,13 @@ class Embedding:
         return rows
 
     def _rows(self, file: _File, states: list[Content]) -> Iterator[FileRow]:
-        """One for each frame; the first also says how many there are, if that was asked."""
+        """One for each frame; the first also says how many there are, if that was asked and can be told."""
+        counted = file.wanted.all_pages and states[0].status != UNREADABLE
         for number, (status, reason, width, height) in enumerate(states):
             yield replace(
                 file.row,
                 frame=number,
-                frames=len(states) if file.wanted.all_pages and number == 0 else None,
+                frames=len(states) if counted and number == 0 else None,
                 status=status,
                 reason=reason,
                 width=width,

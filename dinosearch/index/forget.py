@@ -1,13 +1,12 @@
 """Erase files from an index: rows, vectors and every trace of them in its files. The images themselves stay.
 
-What is still in its source is excluded from then on, so that the next sync does not take it in again; that keeps the
-path as a pattern in the source's options. What is gone from its source leaves no trace, not even its name.
+What is still in its source is passed over from then on, so that no sync takes it in again, whatever it excludes; that
+keeps the path in the source's options. What is gone from its source leaves no trace, not even its name.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ class Forgotten:
     vectors: int
     """Of all models; those of contents that other files have too stay."""
     excluded: list[str]
-    """Patterns by which the next sync passes over what is still there."""
+    """Paths of those that may still be there, which the next sync passes over."""
     images: int
     """Files that can be searched now."""
 
@@ -91,29 +90,25 @@ def _lies_in(shown: str, targets: Sequence[str]) -> bool:
 def _keep_out(
     catalog: Catalog, root: int, source: Source, files: dict[StoredFile, str], targets: list[str]
 ) -> list[str]:
-    """Patterns that were added to the options of a source; one that was forgotten as a whole is followed no more."""
+    """Paths that were added to the options of a source; one that was forgotten as a whole is followed no more."""
     if not files:
         return []
-    if _lies_in(source.location, targets):
+    # A list may name files elsewhere, which stay.
+    if _lies_in(source.location, targets) and not catalog.n_files(root):
         catalog.remove_root(root)
         return []
     before = catalog.roots()[root].options
-    names = [stored.member or stored.path for stored in files if _is_there(source, stored)]
-    patterns = [pattern for name in names if (pattern := _pattern(name)) not in before.exclude]
-    if patterns:
-        catalog.set_options(root, replace(before, exclude=(*before.exclude, *patterns)))
-    return patterns
+    there = [stored for stored in files if _is_there(source, stored)]
+    if there:
+        forgotten = dict.fromkeys([*before.forgotten, *((stored.path, stored.member) for stored in there)])
+        catalog.set_options(root, replace(before, forgotten=tuple(forgotten)))
+    return [files[stored] for stored in there]
 
 
 def _is_there(source: Source, stored: StoredFile) -> bool:
     """Whether a sync might find it: of archives and the network only a scan could tell, so it is taken to be there."""
     path = source.file_path(_image(stored))
     return path is None or os.path.lexists(path)
-
-
-def _pattern(name: str) -> str:
-    """One that matches just this path, as in .gitignore."""
-    return "/" + re.sub(r"([\\*?\[\]!# ])", r"\\\1", name.lstrip("/"))
 
 
 def _write_vectors_anew(catalog: Catalog) -> None:

@@ -85,9 +85,11 @@ def merge_indexes(index_paths: Sequence[Path], *, into: Path) -> Generator[Merge
             done = 0
             for root, parts in _roots(catalogs).items():
                 number = merged.add_root(parts[0][1].kind, root)
-                merged.set_options(number, parts[0][1].options)
+                forgotten = dict.fromkeys(each for _, part in parts for each in part.options.forgotten)
+                merged.set_options(number, replace(parts[0][1].options, forgotten=tuple(forgotten)))
                 stamps = {part.stamp for _, part in parts}
-                for batch in _batches(_in_order(parts)):
+                files = (file for file in _in_order(parts) if (file.row.path, file.row.member) not in forgotten)
+                for batch in _batches(files):
                     _copy(merged, number, batch)
                     done += len(batch)
                     if done % _COMMIT_FILES < len(batch):
@@ -137,7 +139,7 @@ def _check(catalogs: list[Catalog]) -> None:
     by_location = {root.location: root for root in roots}
     for root in roots:
         other = by_location[root.location]
-        if (root.kind, root.options) != (other.kind, other.options):
+        if (root.kind, replace(root.options, forgotten=())) != (other.kind, replace(other.options, forgotten=())):
             raise UsageError(f"the indexes see {root.location} by different options. Index it alike in both")
     refuse_overlap(roots)
 
@@ -202,11 +204,14 @@ def _in_order(parts: list[tuple[Catalog, Root]]) -> Iterator[CopiedFile]:
         yield next(same)
 
 
-def _place(file: CopiedFile) -> tuple[bool, bytes, bytes, int]:
-    """The catalog's order: paths that are not UTF-8 come last."""
+def _place(file: CopiedFile) -> tuple[bool, bytes, bool, bytes, int]:
+    """The catalog's order: names that are not UTF-8 come last."""
     row = file.row
-    path = os.fsencode(row.path)
-    return any("\udc80" <= letter <= "\udcff" for letter in row.path), path, row.member.encode(), row.frame
+    return *_order(row.path), *_order(row.member), row.frame
+
+
+def _order(name: str) -> tuple[bool, bytes]:
+    return any("\udc80" <= letter <= "\udcff" for letter in name), os.fsencode(name)
 
 
 def _batches(files: Iterator[CopiedFile]) -> Iterator[list[CopiedFile]]:

@@ -18,6 +18,7 @@ from dinosearch.index.conditions import BUILT_IN, Condition
 from dinosearch.index.database import damaged, explained
 from dinosearch.index.rows import (
     OK,
+    UNREADABLE,
     Content,
     CopiedFile,
     FailedFile,
@@ -35,6 +36,10 @@ _LIVE = """files AS f JOIN vectors AS v
     ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ? AND f.status = 'ok'"""
 
 _LIVE_FIELDS = "f.root, f.path, f.member, f.frame, v.id, coalesce(f.metadata, '')"
+
+# Below the source; of a member with the path of its archive, if that has one there.
+_PATH = """(CAST(f.path AS TEXT) || CASE WHEN f.path != '' AND f.member != '' THEN '/' ELSE '' END
+    || CAST(f.member AS TEXT))"""
 
 # Every file with its vector of one model, or NULL, by content: the search trees of both are walked side by side.
 _BY_CONTENT = """files AS f INDEXED BY files_by_content LEFT JOIN vectors AS v
@@ -136,8 +141,8 @@ class CatalogReader:
         )
         for number, path, member, size, mtime_ns, content_hash, status, tried, metadata, frames in rows:
             yield StoredFile(
-                number, self._path_of(path), member, size, mtime_ns, content_hash, status, tried, metadata, frames,
-                status == OK and number not in lacking,
+                number, self._path_of(path), self._path_of(member), size, mtime_ns, content_hash, status, tried,
+                metadata, frames, status == OK and number not in lacking,
             )  # fmt: skip
 
     def _first_frame(self, number: int) -> int | None:
@@ -170,11 +175,12 @@ class CatalogReader:
             """SELECT f.frame, f.status, f.reason, f.width, f.height, v.id FROM files AS one
             JOIN files AS f ON f.root = one.root AND f.path = one.path AND f.member = one.member
             LEFT JOIN vectors AS v ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ?
-            WHERE one.id = (SELECT id FROM files WHERE content_hash = ? AND frame = 0 AND frames NOT NULL LIMIT 1)
+            WHERE one.id = (SELECT id FROM files WHERE content_hash = ? AND frame = 0 AND frames NOT NULL
+            AND status != 'unreadable' LIMIT 1)
             ORDER BY f.frame""",
             (fingerprint, content_hash),
         )
-        if not rows or any(status == OK and vector is None for _, status, *_, vector in rows):
+        if not rows or any(status == UNREADABLE or (status == OK and vector is None) for _, status, *_, vector in rows):
             return None
         return [Content(status, reason, width, height) for _, status, reason, width, height, _ in rows]
 
@@ -192,7 +198,7 @@ class CatalogReader:
             query = " AND ".join([f"SELECT {_LIVE_FIELDS} FROM {_LIVE}", *(sql for sql, _ in tests)])
             values = [value for _, each in tests for value in each]
             rows = self._stream(f"{query} ORDER BY f.root, f.path, f.member, f.frame", (fingerprint, *values))
-            yield from (LiveFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
+            yield from (self._live_file(*row) for row in rows)
             return
         assert not where
         for start in range(0, len(vector_ids), 500):  # SQLite bounds the number of parameters
@@ -205,7 +211,7 @@ class CatalogReader:
                 WHERE v.id IN ({marks}) AND v.fingerprint = ? AND f.status = 'ok'""",
                 (*some, fingerprint),
             )
-            yield from (LiveFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
+            yield from (self._live_file(*row) for row in rows)
 
     def n_images(self) -> int:
         """Files that a search can return."""
@@ -236,7 +242,9 @@ class CatalogReader:
             """SELECT root, path, member, frame, status, reason FROM files WHERE status != 'ok'
             ORDER BY root, path, member, frame"""
         )
-        yield from (FailedFile(root, self._path_of(path), *rest) for root, path, *rest in rows)
+        yield from (
+            FailedFile(root, self._path_of(path), self._path_of(member), *rest) for root, path, member, *rest in rows
+        )
 
     def metadata_columns(self) -> dict[str, set[str]]:
         """Names of what tables say of their images, in order, and the JSON types of their values."""
@@ -259,6 +267,7 @@ class CatalogReader:
             (self.fingerprint, root),
         )
         for path, member, frame, size, mtime_ns, hashed, status, reason, w, h, tried, frames, metadata, vector in rows:
+            member = self._path_of(member)
             known = (size, mtime_ns, hashed, status, reason, w, h, tried, member, frame, frames, metadata)
             yield CopiedFile(FileRow(root, self._path_of(path), *known), vector)
 
@@ -287,8 +296,8 @@ class CatalogReader:
         files: list[LiveFile] = []
         blobs: list[bytes] = []
         query = f"SELECT {_LIVE_FIELDS}, v.vector FROM {_LIVE} ORDER BY f.root, f.path, f.member, f.frame"
-        for root, path, *rest, blob in self._stream(query, (self.fingerprint,)):
-            files.append(LiveFile(root, self._path_of(path), *rest))
+        for *row, blob in self._stream(query, (self.fingerprint,)):
+            files.append(self._live_file(*row))
             blobs.append(blob)
             if len(files) == _BLOCK:
                 yield files, unit(self._halves(blobs))
@@ -341,6 +350,11 @@ class CatalogReader:
         except ValueError as error:
             raise damaged(self.path, "a vector has another length than the others") from error
 
+    def _live_file(
+        self, root: int, path: str | bytes, member: str | bytes, frame: int, vector_id: int, metadata: str
+    ) -> LiveFile:
+        return LiveFile(root, self._path_of(path), self._path_of(member), frame, vector_id, metadata)
+
     def _path_of(self, stored: str | bytes) -> str:
         if isinstance(stored, str):
             return stored
@@ -349,23 +363,25 @@ class CatalogReader:
         raise damaged(self.path, "a path is no text")
 
 
-def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str, list[str | float]]:
+def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str, list[bytes | float]]:
     """A condition in SQL, and the values of its parameters."""
-    name, number, text = condition.column, condition.number, condition.value
+    # As bytes: text that is not UTF-8, as names may be, cannot be given to SQLite otherwise.
+    name, number, text = os.fsencode(condition.column), condition.number, os.fsencode(condition.value)
     # json_each takes any name; a path of json_extract none with quotes in it.
-    column, own = "(SELECT value FROM json_each(f.metadata) WHERE key = ?)", [name]
-    if name in BUILT_IN and name not in metadata_columns:
-        column, own = ("CAST(f.path AS TEXT)" if name == "path" else f"f.{name}"), []
+    column, own = "(SELECT value FROM json_each(f.metadata) WHERE key = CAST(? AS TEXT))", [name]
+    if condition.column in BUILT_IN and condition.column not in metadata_columns:
+        column, own = (_PATH if condition.column == "path" else f"f.{condition.column}"), []
     if condition.comparison == "~":
-        return f"instr(lower({column}), lower(?)) > 0", [*own, text]
+        return f"instr(lower({column}), lower(CAST(? AS TEXT))) > 0", [*own, text]
     if condition.comparison in ("=", "!="):
-        equal = f"({column} = ? OR {column} = ?)" if number is not None else f"{column} = ?"
-        values: list[str | float] = [*own, text, *own, number] if number is not None else [*own, text]
+        equal = f"{column} = CAST(? AS TEXT)"
+        equal = f"({equal} OR {column} = ?)" if number is not None else equal
+        values: list[bytes | float] = [*own, text, *own, number] if number is not None else [*own, text]
         if condition.comparison == "=":
             return equal, values
         return f"{column} NOT NULL AND NOT {equal}", [*own, *values]
     if number is None:
-        return f"{column} {condition.comparison} ? AND typeof({column}) = 'text'", [*own, text, *own]
+        return f"{column} {condition.comparison} CAST(? AS TEXT) AND typeof({column}) = 'text'", [*own, text, *own]
     return f"{column} {condition.comparison} ? AND typeof({column}) != 'text'", [*own, number, *own]
 
 
@@ -379,4 +395,5 @@ def unit(halves: np.ndarray) -> np.ndarray:
 
 def _options_of(stored: str) -> RootOptions:
     options = json.loads(stored)
-    return RootOptions(**(options | {"exclude": tuple(options.get("exclude", ()))}))
+    forgotten = tuple((path, member) for path, member in options.get("forgotten", ()))
+    return RootOptions(**(options | {"exclude": tuple(options.get("exclude", ())), "forgotten": forgotten}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dinosearch.errors import DinosearchError, UsageError
@@ -67,6 +67,9 @@ def relocate(index_path: Path, old: str, new: str, *, note: Callable[[str], None
         for root in moved:
             _check_sample(catalog, root, sources[root.id], entries[root.id])
         for root in moved:
+            if root.kind in ("list", "table") and root.options.forgotten:
+                forgotten = [(_moved(path, before, after) or path, member) for path, member in root.options.forgotten]
+                catalog.set_options(root.id, replace(root.options, forgotten=tuple(forgotten)))
             catalog.relocate(root.id, places[root.id], entries[root.id].items())
         catalog.commit()
     changed = {root.location: places[root.id] for root in moved if places[root.id] != root.location}

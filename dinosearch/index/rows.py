@@ -18,6 +18,8 @@ class RootOptions(ScanOptions):
 
     all_pages: bool = False
     """Every page and frame is an image of its own, not only the first."""
+    forgotten: tuple[tuple[str, str], ...] = ()
+    """Path and member, as found, of what was erased and is still there: it is not taken in again."""
 
 
 class Root(NamedTuple):

@@ -31,6 +31,7 @@ class GivenOptions:
             exclude=before.exclude if self.exclude is None else self.exclude,
             include_hidden=before.include_hidden if self.include_hidden is None else self.include_hidden,
             all_pages=before.all_pages if self.all_pages is None else self.all_pages,
+            forgotten=before.forgotten,
         )
 
 
@@ -104,6 +105,9 @@ def survey(
         raise DinosearchError(
             f"no image found in {source.location}; nothing was changed. Check the path, and that its disk is attached"
         )
+    if options.forgotten:
+        forgotten = frozenset(options.forgotten)
+        scan = replace(scan, images=[image for image in scan.images if (image.path, image.member) not in forgotten])
     for folder, reason in scan.unreadable_folders:
         note(f"{source.location}/{folder} cannot be listed ({reason}): what lies there stays as it was")
     if shard:
@@ -119,6 +123,8 @@ def say_options(surveys: Iterable[Survey], given: GivenOptions, note: Callable[[
         kept = []
         if given.exclude is None and each.before.exclude:
             kept.append(f"without {', '.join(each.before.exclude)}")
+        if each.before.forgotten:
+            kept.append(f"without {len(each.before.forgotten)} forgotten")
         if given.include_hidden is None and each.before.include_hidden:
             kept.append("with hidden names")
         if given.all_pages is None and each.before.all_pages:

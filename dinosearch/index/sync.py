@@ -339,7 +339,7 @@ def _apply(catalog: Catalog, changes: Changes, moves: list[_Move], keys: Decoder
     outcomes = Counter(unchanged=changes.n_unchanged, failed=changes.n_failed)
     for move in moves:
         wanted, stored = move.wanted, move.stored
-        if stored.status == OK and stored.embedded and (stored.frames is not None) >= wanted.all_pages:
+        if stored.status == OK and stored.embedded and (stored.frames is not None) == wanted.all_pages:
             outcomes["moved"] += 1
         elif stored.status != OK and stored.decoders == keys.of(stored.status):
             outcomes["failed"] += 1
