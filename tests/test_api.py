@@ -156,3 +156,15 @@ def test_an_index_of_int8_is_asked_in_int8(home, monkeypatch):
         [match] = opened.search("catalog/china/3.jpg", top=1)
         assert (match.path, match.score) == (home / "catalog/china/3.jpg", pytest.approx(1, abs=0.05))
         assert "int8" not in opened._encoder.engine
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("sources", [["catalog", "products.csv"], ["products.csv", "catalog"]])
+def test_a_file_that_two_sources_name_comes_up_once_with_what_the_table_says(sources):
+    paths = sorted(Path("catalog").rglob("*.jpg"))
+    Path("products.csv").write_text("path,number\n" + "\n".join(f"{path},{i}" for i, path in enumerate(paths)))
+    index = dinosearch.build_index(sources)
+    matches = index.search(paths[3], top=24)
+    assert len({match.path for match in matches}) == len(matches) == 24
+    assert {match.path.name: match.metadata for match in matches[:1]} == {paths[3].name: {"number": 3}}
+    assert all("number" in match.metadata for match in matches)

@@ -179,6 +179,8 @@ class OpenIndex:
         files: _Files = defaultdict(list)
         for file in live:
             files[file.vector_id].append((sources.shown_path(file), file))
+        for same in files.values():  # of one path reached through two sources, the row with metadata counts: the last
+            same.sort(key=lambda each: bool(each[1].metadata))
         return files
 
 
