@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
-COMMANDS = ["train", "index", "query", "probe", "info", "failures", "models", "demo"]
+COMMANDS = [
+    "train", "index", "forget", "relocate", "merge", "query", "probe", "info", "failures", "export", "models", "demo",
+]  # fmt: skip
 
 
 def environment(**more):
@@ -445,5 +447,5 @@ def on_a_terminal(*arguments, cwd, **more):
 
 def test_a_missing_folder_is_told_before_a_model_is_fetched(tmp_path):
     done = dinosearch("index", "nowhere", cwd=tmp_path, check=1)
-    assert "no folder nowhere" in one_error(done)
+    assert "no folder or file nowhere" in one_error(done)
     assert "fetching" not in done.stderr
