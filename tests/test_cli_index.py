@@ -150,7 +150,15 @@ def test_following_begins_with_one_sync(work, monkeypatch):
     assert len(syncs) == 1
 
 
-@pytest.mark.parametrize("command", [("query", "cat.jpg"), ("info",), ("failures",), ("index", "catalog")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("query", "cat.jpg"),
+        ("index", "catalog"),
+        pytest.param(("info",), marks=pytest.mark.slow),
+        pytest.param(("failures",), marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_catalog_is_one_line_and_exit_4(work, command):
     dinosearch("index", "catalog", cwd=work)
     path = work / "indexes/catalog/catalog.sqlite"
