@@ -1,7 +1,8 @@
 """Erase files from an index: rows, vectors and every trace of them in its files. The images themselves stay.
 
 What is still in its source is passed over from then on, so that no sync takes it in again, whatever it excludes; that
-keeps the path in the source's options. What is gone from its source leaves no trace, not even its name.
+keeps the path in the source's options. What is gone from its source leaves no trace, not even its name; of archives and
+the network only a scan could tell what is gone, so there the name is kept.
 """
 
 from __future__ import annotations
