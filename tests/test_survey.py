@@ -319,3 +319,15 @@ def test_a_wanted_recall_is_remembered_and_met(shop, monkeypatch):
     assert index_info(shop.index).faiss.exact
     shop.sync()
     assert index_info(shop.index).faiss.recall_target == 1
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar.gz"])
+def test_what_is_excluded_from_an_archive_is_not_taken_for_a_missing_disk(shop, tmp_path, name):
+    files = {f"{'drafts' if i % 2 else 'good'}/{i}.png": path for i, path in enumerate(sorted(shop.root.iterdir()))}
+    archive = Workshop(shop.root, tmp_path / "archive", shop.model, None, [])
+    sources = pack(tmp_path / name, files)
+    archive.sync(roots=sources)
+    summary = archive.sync(roots=sources, options=GivenOptions(exclude=("drafts/",)))
+    assert counts(summary) == {"deleted": 10, "unchanged": 10, "images": 10}
+    again = archive.sync(roots=open_sources([str(tmp_path / name)]), options=GivenOptions(exclude=()))
+    assert counts(again) == {"new": 10, "unchanged": 10, "images": 20}  # their vectors were still known

@@ -22,6 +22,7 @@ from dinosearch.encoder.encoder import check_precision
 from dinosearch.errors import DinosearchError, IndexNotFound, UsageError
 from dinosearch.images.decode import BadImage, content_hash
 from dinosearch.images.machine import n_cores
+from dinosearch.images.names import passed_over_test
 from dinosearch.images.read import in_threads
 from dinosearch.images.source import FoundImage, Source
 from dinosearch.images.sources import known_source
@@ -287,9 +288,12 @@ def _remember_stamps(catalog: Catalog, surveys: list[Survey], numbers: dict[str,
 def _view(number: int, each: Survey, *, verify: bool) -> View:
     source = each.source
 
+    passed_over = passed_over_test(each.options)
+
     def excluded(image: FoundImage) -> bool:
+        """Of archives and the network only the name can tell."""
         path = source.file_path(image)
-        return path is not None and os.path.lexists(path)
+        return passed_over(image.member or image.path) if path is None else os.path.lexists(path)
 
     return View(
         number,
