@@ -88,3 +88,24 @@ def test_a_link_left_in_the_old_place_does_not_matter(shop, tmp_path):
     shop.root.symlink_to(tmp_path / "elsewhere")
     relocate(shop.index, str(shop.root), str(tmp_path / "elsewhere"))
     assert index_info(shop.index).roots == [str(tmp_path / "elsewhere")]
+
+
+def test_a_list_that_names_both_places_is_told_so_and_nothing_is_changed(shop, tmp_path):
+    old, new = (write_image(tmp_path / place / "a.png", seed) for seed, place in enumerate(("old", "new")))
+    (tmp_path / "list.txt").write_text(f"{old}\n{new}\n")
+    shop.sync(roots=open_sources([str(tmp_path / "list.txt")]))
+    with pytest.raises(UsageError, match=r"names .*new/a\.png already"):
+        relocate(shop.index, str(old.parent), str(new.parent))
+    assert resync(shop, open_sources([str(tmp_path / "list.txt")])).unchanged == 2
+
+
+def test_files_may_move_to_where_others_that_move_too_were(shop, tmp_path):
+    outer, inner = write_image(tmp_path / "a" / "x.png", 1), write_image(tmp_path / "a" / "b" / "x.png", 2)
+    (tmp_path / "list.txt").write_text(f"{outer}\n{inner}\n")
+    shop.sync(roots=open_sources([str(tmp_path / "list.txt")]))
+    (tmp_path / "a").rename(tmp_path / "moving")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "moving").rename(tmp_path / "a" / "b")
+    assert relocate(shop.index, str(tmp_path / "a"), str(tmp_path / "a" / "b")).entries == 2
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/a/b/x.png\n{tmp_path}/a/b/b/x.png\n")
+    assert resync(shop, open_sources([str(tmp_path / "list.txt")])).unchanged == 2

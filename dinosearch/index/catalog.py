@@ -267,11 +267,14 @@ class Catalog(CatalogReader):
     def relocate(self, root: int, location: str, paths: Iterable[tuple[int, str]]) -> None:
         """Give a root another location, and some of its files (their id) another path."""
         self._write("UPDATE roots SET path = ?2 WHERE id = ?1", [(root, _stored(location))])
-        self._write(
-            """UPDATE files SET path = ?2
-            WHERE (root, path, member) = (SELECT root, path, member FROM files WHERE id = ?1)""",
-            ((number, _stored(path)) for number, path in paths),
-        )
+        new = dict(paths)
+        # In two steps: one file may come to where another, which moves too, still is.
+        for mark in ("\0", ""):
+            self._write(
+                """UPDATE files SET path = ?2
+                WHERE (root, path, member) = (SELECT root, path, member FROM files WHERE id = ?1)""",
+                ((number, _stored(mark + path)) for number, path in new.items()),
+            )
 
     def compact(self) -> None:
         """Give the space of forgotten rows back to the disk."""

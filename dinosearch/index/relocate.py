@@ -103,8 +103,15 @@ def _moved_entries(catalog: Catalog, root: Root, before: str, after: str) -> dic
     """By id: the new paths of a root's files that are named by absolute path or URL."""
     if root.kind not in ("list", "table"):
         return {}
-    stored = catalog.stored_files(root.id, fingerprint=catalog.fingerprint)
-    return {each.id: path for each in stored if (path := _moved(each.path, before, after))}
+    stored = list(catalog.stored_files(root.id, fingerprint=catalog.fingerprint))
+    entries = {each.id: path for each in stored if (path := _moved(each.path, before, after))}
+    stay = {each.path for each in stored if each.id not in entries}
+    if taken := sorted(stay.intersection(entries.values())):
+        raise UsageError(
+            f"{root.location} names {taken[0]} already, and its place under {before} too; nothing was changed. "
+            f"Name each once in {root.location}, run index, then relocate"
+        )
+    return entries
 
 
 def _check_sample(catalog: Catalog, root: Root, source: Source, entries: dict[int, str]) -> None:
