@@ -168,3 +168,24 @@ def test_a_file_that_two_sources_name_comes_up_once_with_what_the_table_says(sou
     assert len({match.path for match in matches}) == len(matches) == 24
     assert {match.path.name: match.metadata for match in matches[:1]} == {paths[3].name: {"number": 3}}
     assert all("number" in match.metadata for match in matches)
+
+
+@pytest.mark.usefixtures("home")
+def test_the_eight_orientations_of_a_picture_are_one_to_a_search(photos):
+    from PIL import Image
+
+    turned = {
+        1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    Path("turned").mkdir()
+    for orientation, turn in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = photos[0] if turn is None else photos[0].transpose(turn)
+        stored.save(f"turned/{orientation}.jpg", quality=95, exif=exif)
+    index = dinosearch.build_index("turned")
+    for answer in index.search_many([f"turned/{orientation}.jpg" for orientation in turned], top=8):
+        assert len(answer) == 8
+        assert min(match.score for match in answer) >= 0.9999
