@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -87,7 +88,7 @@ class ExactStored:
 
 
 @dataclass(frozen=True)
-class TunedStored:
+class TunedStored(ABC):
     """Short codes to find candidates by, with the exact vectors beside them; one class for each way to find them."""
 
     kind: str
@@ -114,9 +115,9 @@ class TunedStored:
         return self.halves
 
     @property
+    @abstractmethod
     def efforts(self) -> list[int]:
         """Efforts worth a try, rising."""
-        raise NotImplementedError
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         return unit(self.halves[positions])
@@ -138,8 +139,8 @@ class TunedStored:
         positions[ids < 0] = -1
         return positions
 
-    def _parameters(self, effort: int) -> faiss.SearchParameters:
-        raise NotImplementedError
+    @abstractmethod
+    def _parameters(self, effort: int) -> faiss.SearchParameters: ...
 
     def _search_all(self, queries: np.ndarray, k: int) -> np.ndarray:
         if gpu_repays(len(queries)):
