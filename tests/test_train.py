@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import dinosearch.pretrain.train as train_module
+import dinosearch.pretrain.plan as plan_module
 from dinosearch.errors import DinosearchError, Interrupted, UsageError
-from dinosearch.pretrain.train import Progress, TrainConfig, TrainReport, batch_indices, train
+from dinosearch.pretrain.bank import batch_indices
+from dinosearch.pretrain.course import Progress, TrainReport
+from dinosearch.pretrain.train import TrainConfig, train
 from dinosearch.vit.folder import list_models, open_model
 
 QUICK: dict[str, Any] = {"image_size": 16, "patch_size": 4, "batch_size": 8, "out_dim": 32, "local_crops": 2}
@@ -194,7 +196,7 @@ def test_a_time_budget_stopped_at_once_resumes_to_an_end(images: Path, tmp_path:
 
 
 def test_a_slow_spell_is_forgotten_when_it_ends() -> None:
-    plan = train_module.Plan(train_module.UNBOUNDED, time.monotonic() + 100)
+    plan = plan_module.Plan(plan_module.UNBOUNDED, time.monotonic() + 100)
     plan.adapt(10, seconds_per_step=10)
     assert plan.total_steps == pytest.approx(20, abs=1)
     plan.adapt(11, seconds_per_step=0.1)
@@ -237,7 +239,7 @@ def test_every_epoch_shows_every_image_once_in_another_order() -> None:
 
 
 def test_the_default_length_is_epochs_or_minutes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "LEAST_STEPS", 7)
-    monkeypatch.setattr(train_module, "DEFAULT_EPOCHS", 2)
+    monkeypatch.setattr(plan_module, "LEAST_STEPS", 7)
+    monkeypatch.setattr(plan_module, "DEFAULT_EPOCHS", 2)
     report, _ = run(images, tmp_path)
     assert report.steps == 7

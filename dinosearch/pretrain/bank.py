@@ -113,6 +113,24 @@ class ImageBank:
         return bank
 
 
+def batch_indices(step: int, *, n: int, batch_size: int, seed: int) -> np.ndarray:
+    """Which images step number `step` sees: int64 [batch_size]. Every epoch shuffles anew, by (seed, epoch)."""
+    epoch, at = divmod(step, n // batch_size)
+    order = _epoch_order(epoch, n, seed)
+    return np.sort(order[at * batch_size : (at + 1) * batch_size])  # sorted: kinder to a memory-mapped bank
+
+
+_ORDER: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _epoch_order(epoch: int, n: int, seed: int) -> np.ndarray:
+    key = (epoch, n, seed)
+    if key not in _ORDER:
+        _ORDER.clear()
+        _ORDER[key] = np.random.default_rng((seed, epoch)).permutation(n)
+    return _ORDER[key]
+
+
 def survey_images(paths: Sequence[Path], *, sample: int = 200) -> Survey:
     """Median size and colour of up to `sample` images, evenly spread. Raises DinosearchError if none can be read."""
     step = max(1, len(paths) // sample)

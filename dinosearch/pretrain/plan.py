@@ -1,0 +1,66 @@
+"""How long a run is: a number of steps, or as many as fit before a deadline. Knows the clock and no model."""
+
+import time
+from dataclasses import dataclass
+
+from dinosearch.vit.folder import Note, quiet
+
+DEFAULT_EPOCHS = 100
+DEFAULT_MINUTES = {"cpu": 5.0, "cuda": 60.0, "mps": 30.0}
+"""A run without --steps, --epochs or --minutes ends after these epochs or minutes, whichever come first."""
+LEAST_STEPS = 200
+"""By default even a handful of images is trained on for this many steps."""
+COMPILE_FROM_STEPS = 2_000
+COMPILE_FROM_MINUTES = 10.0
+"""torch.compile takes a minute or two; shorter runs on a GPU go without."""
+UNBOUNDED = 2**62
+"""Steps of a run that only its deadline ends."""
+
+
+@dataclass
+class Plan:
+    """How long the run is: a number of steps, or as many as fit before a deadline."""
+
+    total_steps: int
+    deadline: float | None
+    """In time.monotonic() seconds; None when the number of steps is fixed."""
+    most_steps: int = UNBOUNDED
+    """With a deadline: end after this many steps all the same."""
+
+    def adapt(self, step: int, *, seconds_per_step: float) -> None:
+        """Plan anew how many steps fit, unless that is settled or the end is so near that schedules would jump.
+
+        seconds_per_step: of the last steps, so that a slow spell (a busy machine) is forgotten when it ends.
+        """
+        if self.deadline is None or step > 0.95 * self.total_steps:
+            return
+        left = max(0.0, self.deadline - time.monotonic())
+        self.total_steps = min(self.most_steps, max(step + 1, step + int(left / seconds_per_step)))
+
+    @property
+    def repays_compiling(self) -> bool:
+        if self.deadline is None:
+            return self.total_steps >= COMPILE_FROM_STEPS
+        return (self.deadline - time.monotonic()) / 60 >= COMPILE_FROM_MINUTES
+
+
+def plan_length(
+    *,
+    steps: int | None,
+    epochs: float | None,
+    minutes: float | None,
+    steps_per_epoch: int,
+    device_type: str,
+    began: float,
+    note: Note = quiet,
+) -> Plan:
+    """As long as the user asked for, in one of three ways; else a default that is told to `note`."""
+    if steps is not None:
+        return Plan(steps, None)
+    if epochs is not None:
+        return Plan(max(1, round(epochs * steps_per_epoch)), None)
+    if minutes is not None:
+        return Plan(UNBOUNDED, began + 60 * minutes)
+    steps, minutes = max(LEAST_STEPS, DEFAULT_EPOCHS * steps_per_epoch), DEFAULT_MINUTES[device_type]
+    note(f"length: {minutes:g} minutes, or {steps} steps if they take less (--minutes, --steps or --epochs choose)")
+    return Plan(steps, began + 60 * minutes, most_steps=steps)
