@@ -34,6 +34,13 @@ def train(
     out_dim: Annotated[int | None, typer.Option(min=2, help="Number of prototypes.")] = None,
     local_crops: Annotated[int | None, typer.Option(min=0, help="Small crops of each image.")] = None,
     local_size: Annotated[int | None, typer.Option(min=1, help="Side of a small crop, in pixels.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other line of the recipe, as model.json names it."),
+    ] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="Take the recipe from a model.json, or a TOML or JSON file.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run of this name.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model of this name.")] = False,
     as_json: JsonOption = False,
@@ -44,10 +51,24 @@ def train(
 
     Example: dinosearch train ./images --minutes 30
     """
+    from dinosearch.pretrain.overrides import parse_settings, read_config
     from dinosearch.pretrain.train import TrainConfig
     from dinosearch.pretrain.train import train as run_training
     from dinosearch.vit.folder import models_path
 
+    options = {
+        "arch": arch,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "batch_size": batch_size,
+        "lr": lr,
+        "out_dim": out_dim,
+        "local_crops": local_crops,
+        "local_size": local_size,
+    }
+    overrides = read_config(config_file) if config_file else {}
+    overrides |= parse_settings(settings or [])
+    overrides |= {option: value for option, value in options.items() if value is not None}
     config = TrainConfig(
         images=tuple(images),
         models=models_path(),
@@ -57,16 +78,7 @@ def train(
         minutes=minutes,
         seed=seed,
         device=device,
-        overrides={
-            "arch": arch,
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "batch_size": batch_size,
-            "lr": lr,
-            "out_dim": out_dim,
-            "local_crops": local_crops,
-            "local_size": local_size,
-        },
+        overrides=overrides,
         resume=resume,
         overwrite=overwrite,
     )

@@ -117,8 +117,8 @@ class _Choices:
 def plan_recipe(survey: Survey, *, accelerator: bool, overrides: Mapping[str, Any]) -> tuple[Recipe, list[Reason]]:
     """The recipe for these images on this machine, and the reason for each choice.
 
-    overrides: what the user set, of arch, image_size, patch_size, local_crops, local_size, batch_size, out_dim and lr;
-    None leaves the choice here. accelerator: a GPU trains.
+    overrides: what the user set, by the names of `Recipe` and `ViewSettings` (local_crops for n_local); None leaves
+    the choice here. accelerator: a GPU trains.
     Raises UsageError when sizes do not go together.
     """
     choices = _Choices(overrides)
@@ -146,11 +146,17 @@ def plan_recipe(survey: Survey, *, accelerator: bool, overrides: Mapping[str, An
     if patch_size != native_patch:
         arch_kwargs["patch_size"] = patch_size
     small = not by_name and not (accelerator and image_size >= 96)
+    sizes = dict(arch_kwargs)
     if not by_name:
         dim, depth = (128, 4) if small else (192, 12) if survey.n_images < FEW_IMAGES else (384, 12)
         arch_kwargs |= {"embed_dim": dim, "depth": depth, "num_heads": dim // 32 if small else dim // 64}
         why = "small squares and a processor's minutes" if small else "enough images and a GPU"
         choices.reasons.append(Reason("width × depth", f"{dim} × {depth}", why))
+    if "arch_kwargs" in choices.given:
+        asked = choices.decide("arch_kwargs", None, "")
+        if "patch_size" in asked:
+            sizes["patch_size"] = patch_size
+        arch_kwargs |= asked | sizes  # sizes asked for by their own names hold
     recipe = Recipe(
         arch=arch,
         arch_kwargs=arch_kwargs,
@@ -163,7 +169,18 @@ def plan_recipe(survey: Survey, *, accelerator: bool, overrides: Mapping[str, An
     )
     if not small:
         recipe = replace(recipe, head_hidden_dim=2048, head_bottleneck_dim=256, drop_path_rate=0.1)
-    return recipe, choices.reasons
+    return _with_the_rest(recipe, choices), choices.reasons
+
+
+def _with_the_rest(recipe: Recipe, choices: "_Choices") -> Recipe:
+    """What the user set beyond the choices that were made above."""
+    decided = {reason.name for reason in choices.reasons}
+    rest = {name: value for name, value in choices.given.items() if name.replace("_", " ") not in decided}
+    for name, value in rest.items():
+        choices.decide(name, value, "")
+    of_views = {f.name for f in fields(ViewSettings)}
+    views = replace(recipe.views, **{name: value for name, value in rest.items() if name in of_views})
+    return replace(recipe, views=views, **{name: value for name, value in rest.items() if name not in of_views})
 
 
 OWN = "the architecture's own"

@@ -5,6 +5,7 @@ state that a resumed process would lack: a run that was interrupted ends with th
 """
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -223,7 +224,7 @@ def _refuse_other_settings(kept: Mapping[str, Any], config: TrainConfig, *, dige
 def _asked(config: TrainConfig) -> dict[str, Any]:
     """The settings that a resumed run must share, as JSON keeps them."""
     limits = {"steps": config.steps, "epochs": config.epochs, "minutes": config.minutes}
-    return limits | {"seed": config.seed or None} | dict(config.overrides)
+    return json.loads(json.dumps(limits | {"seed": config.seed or None} | dict(config.overrides)))
 
 
 def _digest(paths: list[Path]) -> str:

@@ -1,0 +1,117 @@
+"""What a user sets of the recipe, by name: from `name=value` words and from files. Decides nothing itself."""
+
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dinosearch.errors import UsageError
+from dinosearch.pretrain.recipe import Recipe
+from dinosearch.pretrain.views import ViewSettings
+
+RENAMED = {"n_local": "local_crops"}
+"""A setting of the recipe that the command line calls otherwise, as users think of it."""
+FOLLOWS_IMAGE_SIZE = "global_size"
+"""The one setting that another decides."""
+LIMITS = {
+    **dict.fromkeys(("patch_size", "image_size", "local_size"), (1, math.inf)),
+    **dict.fromkeys(("batch_size", "out_dim", "head_hidden_dim", "head_bottleneck_dim"), (2, math.inf)),
+    **dict.fromkeys(("flip", "grayscale", "blur", "solarize", "jitter"), (0, 1)),
+    **dict.fromkeys(("warmup", "temperature_warmup", "freeze_last_layer"), (0, 1)),
+    **dict.fromkeys(("global_scale", "local_scale"), (1e-4, 1)),
+    **dict.fromkeys(("teacher_momentum", "center_momentum"), (0, 1)),
+    **dict.fromkeys(("teacher_temperature", "warmup_teacher_temperature", "student_temperature"), (1e-4, math.inf)),
+    **dict.fromkeys(("std",), (1e-6, math.inf)),
+    **dict.fromkeys(("drop_path_rate",), (0, 0.999)),
+    **dict.fromkeys(("hue",), (0, 0.5)),
+    **dict.fromkeys(("mean",), (-math.inf, math.inf)),
+}
+"""Smallest and largest value of settings; those not listed are 0 or more."""
+
+
+def overridable() -> dict[str, Any]:
+    """Every name that `--set` and `--config` know, with the type of its value."""
+    known = typing.get_type_hints(Recipe) | typing.get_type_hints(ViewSettings)
+    del known["views"], known[FOLLOWS_IMAGE_SIZE]
+    return {RENAMED.get(name, name): kind for name, kind in known.items()}
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """`["lr=0.01", "blur=[1, 0, 0]"]` → values by name. Raises UsageError for unknown names and impossible values."""
+    given = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise UsageError(f"--set {word} sets nothing. Write name=value, such as teacher_temperature=0.05")
+        try:
+            given[name.strip().replace("-", "_")] = json.loads(text)
+        except ValueError:
+            given[name.strip().replace("-", "_")] = text.strip()
+    return checked(given, where="--set")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The recipe in a TOML or JSON file: a model's `model.json`, or any part of what it calls `recipe`.
+
+    Raises UsageError when the file cannot be read or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        facts = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--config {path} cannot be read as TOML or JSON ({error}). Name a .toml or .json file"
+        ) from error
+    if not isinstance(facts, dict):
+        raise UsageError(f"--config {path} holds no table of settings. Write name = value lines, or use a model.json")
+    if isinstance(facts.get("trained"), dict):
+        facts = facts["trained"]
+    if isinstance(facts.get("recipe"), dict):
+        facts = facts["recipe"]
+    views = facts.get("views")
+    flat = {name: value for name, value in facts.items() if name != "views"} | (
+        views if isinstance(views, dict) else {}
+    )
+    flat.pop(FOLLOWS_IMAGE_SIZE, None)
+    return checked({RENAMED.get(name, name): value for name, value in flat.items()}, where=f"--config {path}")
+
+
+def checked(given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Values of the types and within the limits that the recipe has. Raises UsageError that names `where`."""
+    known = overridable()
+    values = {}
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3) or sorted(known)
+            raise UsageError(f"{where}: no setting {name!r}. Did you mean {', '.join(close)}?")
+        values[name] = _as_kind(value, known[name], where=f"{where}: {name}")
+        low, high = LIMITS.get(name, (0, math.inf))
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(n, int | float) and not low <= n <= high for n in numbers):
+            raise UsageError(f"{where}: {name} {value} is out of range: choose {low:g} to {high:g}")
+    return values
+
+
+def _as_kind(value: Any, kind: Any, *, where: str) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is float and number:
+        return float(value)
+    if kind is int and number and value == int(value):
+        return int(value)
+    if kind is str and isinstance(value, str):
+        return value
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict and isinstance(value, dict):
+        return value
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(parts):
+        return tuple(_as_kind(item, part, where=where) for item, part in zip(value, parts, strict=True))
+    wanted = f"{len(parts)} numbers, such as [1, 0.1]" if origin is tuple else _WANTED.get(kind, "a table")
+    raise UsageError(f"{where} {value!r} is not {wanted}")
+
+
+_WANTED: dict[type | types.GenericAlias, str] = {int: "a whole number", float: "a number", str: "a name"}
