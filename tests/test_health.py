@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from dinosearch.pretrain.health import effective_rank, look
+from dinosearch.pretrain.health import Health, effective_rank
+from dinosearch.pretrain.health import look as look_at
+
+
+def look(assignments: torch.Tensor, features: torch.Tensor) -> Health:
+    return look_at(assignments, features, center=torch.zeros(assignments.shape[1]), loss=1.0)
 
 
 def test_a_collapsed_teacher_shows_no_divergence_and_no_spread() -> None:
@@ -39,3 +44,10 @@ def test_rank_counts_equal_directions() -> None:
     features = torch.zeros(30, 10)
     features[:, :3] = torch.eye(3).repeat(10, 1)
     assert effective_rank(features) == pytest.approx(3.0, rel=1e-4)
+
+
+def test_the_loss_is_measured_by_what_a_uniform_assignment_costs() -> None:
+    center = torch.tensor([3.0, 4.0] + [0.0] * 62)
+    health = look_at(torch.full((8, 64), 1 / 64), torch.randn(8, 4), center=center, loss=math.log(64))
+    assert health.loss_of_ln_k == pytest.approx(1.0)
+    assert health.center_norm == pytest.approx(5.0)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 import dinosearch.pretrain.plan as plan_module
 from dinosearch.errors import DinosearchError, Interrupted, UsageError
 from dinosearch.pretrain.bank import batch_indices
+from dinosearch.pretrain.checkpoint import Checkpoint, last_checkpoint
 from dinosearch.pretrain.course import Progress, TrainReport
 from dinosearch.pretrain.train import TrainConfig, train
 from dinosearch.vit.folder import list_models, open_model
@@ -53,6 +55,17 @@ def run(images: Path, models: Path, **settings: Any) -> tuple[TrainReport, list[
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "weights.safetensors")
+
+
+def stops_after(n_asked: int) -> Callable[[], bool]:
+    asked = iter(range(n_asked))
+    return lambda: next(asked, None) is None
+
+
+def checkpoint_of(folder: Path) -> Checkpoint:
+    found = last_checkpoint(folder / "training")
+    assert found is not None
+    return found
 
 
 def test_a_run_leaves_a_model_that_says_how_it_was_made(images: Path, tmp_path: Path) -> None:
@@ -133,7 +146,7 @@ def test_a_stopped_run_resumes_to_the_same_tensors_bit_for_bit(images: Path, tmp
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert resumed.fingerprint == whole.fingerprint
-    kept = [load_file(tmp_path / name / "training" / "checkpoint.safetensors") for name in ("whole", "half")]
+    kept = [checkpoint_of(tmp_path / name).tensors() for name in ("whole", "half")]
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
 
 
@@ -145,8 +158,9 @@ def test_a_finished_run_is_not_trained_again(images: Path, tmp_path: Path) -> No
 
 
 def test_resume_refuses_other_settings_and_other_images(images: Path, tmp_path: Path) -> None:
-    run(images, tmp_path, name="a", steps=4)
-    with pytest.raises(UsageError, match=r"begun with --steps 4, not 5"):
+    run(images, tmp_path, name="a", steps=6, stop=stops_after(4))
+    run(images, tmp_path, name="a", resume=True)  # forgets nothing of what was asked for
+    with pytest.raises(UsageError, match=r"begun with --steps 6, not 5"):
         run(images, tmp_path, name="a", steps=5, resume=True)
     with pytest.raises(UsageError, match=r"begun with --batch-size 8, not 10"):
         run(images, tmp_path, name="a", resume=True, overrides={"batch_size": 10})
@@ -203,12 +217,6 @@ def test_a_slow_spell_is_forgotten_when_it_ends() -> None:
     assert plan.total_steps == pytest.approx(1011, abs=10)
     plan.adapt(1000, seconds_per_step=10)  # the schedules are nearly done: no jump any more
     assert plan.total_steps == pytest.approx(1011, abs=10)
-
-
-def test_a_loss_that_is_no_number_never_reaches_the_weights(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(DinosearchError, match=r"lower --lr"):
-        run(images, tmp_path, name="a", steps=60, overrides={"lr": 1e30})
-    assert not (tmp_path / "a" / "weights.safetensors").exists()
 
 
 def test_stopping_before_the_first_step_leaves_nothing(images: Path, tmp_path: Path) -> None:

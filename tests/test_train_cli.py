@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from dinosearch.pretrain.checkpoint import last_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = [
@@ -63,3 +67,58 @@ def test_a_recipe_is_set_by_name_and_taken_from_another_model(work: Path) -> Non
 def test_an_unknown_setting_is_wrong_usage(work: Path) -> None:
     told = train("--set", "centre_momentum=0.9", "--steps", "0", cwd=work, code=2)
     assert "Did you mean center_momentum" in told.stderr
+
+
+def test_a_run_killed_in_mid_epoch_resumes_to_the_same_bits(work: Path) -> None:
+    settings = [*TINY, "--steps", "200", "--seed", "7"]
+    train(*settings, "--name", "whole", cwd=work)
+    folder = work / "models" / "killed" / "training"
+    with subprocess.Popen(
+        arguments(*settings, "--name", "killed", "--checkpoint-every", "0.2"),
+        cwd=work,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while len(list(folder.glob("checkpoint-*"))) < 2:
+            assert process.poll() is None, "ended too early"
+            time.sleep(0.01)
+        process.kill()
+    kept = last_checkpoint(folder)
+    assert kept is not None
+    assert kept.facts["report"] is None
+    assert len(list(folder.glob("checkpoint-*"))) == 2
+    told = train("--name", "killed", "--resume", cwd=work)
+    assert json.loads(told.stdout)["resumed_from_step"] == kept.facts["step"] > 0
+    whole, resumed = (last_checkpoint(work / "models" / name / "training") for name in ("whole", "killed"))
+    assert whole is not None
+    assert resumed is not None
+    expected, found = whole.tensors(), resumed.tensors()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    weights = [(work / "models" / name / "weights.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if json.loads(line)["step"] % 50 == 0] == [50, 100, 150, 200]
+
+    again = train("--name", "killed", "--resume", cwd=work)
+    assert json.loads(again.stdout) == json.loads(told.stdout)
+    assert "nothing to resume" in again.stderr
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(work: Path) -> None:
+    train(*TINY, "--steps", "60", "--checkpoint-every", "0.001", "--name", "damaged", cwd=work)
+    folder = work / "models" / "damaged" / "training"
+    before, newest = sorted(folder.glob("checkpoint-*"))
+    whole = (work / "models" / "damaged" / "weights.safetensors").read_bytes()
+    newest.write_bytes(newest.read_bytes()[:1000])
+    told = train("--name", "damaged", "--resume", cwd=work)
+    assert "trying the one before it" in told.stderr
+    assert f"at step {int(before.stem.split('-')[1])} of 60" in told.stderr
+    assert (work / "models" / "damaged" / "weights.safetensors").read_bytes() == whole
+
+
+def test_strict_stops_with_exit_1_and_says_what_to_do(work: Path) -> None:
+    told = train(*TINY, "--steps", "60", "--lr", "1e30", "--strict", "--name", "strict", cwd=work, code=1)
+    assert "leave --strict out" in told.stderr
+    assert not (work / "models" / "strict" / "model.json").exists()

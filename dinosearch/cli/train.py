@@ -43,6 +43,12 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run of this name.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model of this name.")] = False,
+    checkpoint_every: Annotated[
+        float, typer.Option(min=0, help="Seconds between checkpoints; a power cut costs at most these.")
+    ] = 30.0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop when training goes wrong, instead of changing settings.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Teach a vision transformer from a folder of images, without labels (DINO).
@@ -81,6 +87,8 @@ def train(
         overrides=overrides,
         resume=resume,
         overwrite=overwrite,
+        strict=strict,
+        checkpoint_every=checkpoint_every,
     )
     report: TrainReport | None = None
     with asked_to_stop() as stop, show.Progress() as bar:
@@ -109,8 +117,13 @@ def _details(progress: "Progress") -> str:
     parts = []
     if progress.loss is not None:
         parts.append(f"loss {progress.loss:.3f}")
-    if progress.teacher_entropy is not None:
-        parts.append(f"teacher entropy {progress.teacher_entropy:.2f}")
+    health = progress.health
+    if health is not None:
+        parts.append(
+            f"({health.loss_of_ln_k:.0%} of ln K)  entropy {health.teacher_entropy:.2f}  KL {health.teacher_kl:.2f}  "
+            f"prototypes {health.prototypes_used:.0%}  center {health.center_norm:.1f}  "
+            f"std {health.feature_std:.2f}  rank {health.rank:.1f}"
+        )
     if progress.images_per_second:
         parts.append(f"{progress.images_per_second:.0f} images/s")
     return "  ".join(parts)
@@ -124,3 +137,8 @@ def _print_report(report: "TrainReport") -> None:
         f"{report.steps} steps, {report.epochs:.3g} epochs of {report.images} images "
         f"in {show.duration(report.seconds)}{loss}{speed}"
     )
+    for alarm in report.health.get("alarms", ()):
+        show.line(
+            f"{alarm['kind']} at step {alarm['step']}: {alarm['why']}; "
+            f"went back to step {alarm['back_to_step']} with {alarm['changed']}"
+        )

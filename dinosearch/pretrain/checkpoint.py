@@ -1,68 +1,67 @@
-"""Everything a run needs to go on, in one safetensors file: tensors as they are, the rest as JSON in its metadata."""
+"""The last states of a run on disk: tensors as they are, the rest as JSON in the metadata of the same safetensors file.
+
+A file is written aside, flushed and renamed: a kill at any moment leaves it whole or absent.
+"""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dinosearch.errors import DinosearchError
-from dinosearch.vit.folder import first_line, write_whole
+from dinosearch.vit.folder import Note, first_line, quiet, write_whole
 
-FILE_NAME = "checkpoint.safetensors"
+KEPT = 2
+"""So many checkpoints stay: should the newest be damaged, there is one before it."""
+PATTERN = "checkpoint-*.safetensors"
 
 
-def save_checkpoint(
-    folder: Path, *, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, facts: dict[str, Any]
-) -> None:
-    """Write `checkpoint.safetensors` in one step: a kill at any moment leaves the old one or the new one.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state of a run that can be gone on from."""
 
-    modules: state to keep, by a prefix for its tensors. facts: JSON values to keep beside them.
+    path: Path
+    facts: dict[str, Any]
+    """JSON values kept beside the tensors."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.path)
+
+
+def save_checkpoint(folder: Path, *, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write the state after `step` steps; then delete all but the last ones up to it.
+
+    Later ones are deleted too: after a step back they belong to a course that was given up.
     """
     from safetensors.torch import save
 
-    tensors: dict[str, Tensor] = {}
-    for prefix, module in modules.items():
-        for name, tensor in module.state_dict().items():
-            tensors[f"{prefix}.{name}"] = tensor.detach().clone().contiguous().cpu()
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, tensor in state.items():
-            tensors[f"optimizer.{index}.{name}"] = tensor.detach().clone().contiguous().cpu()
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / FILE_NAME, save(tensors, metadata={"facts": json.dumps(facts)}))
+    path = folder / PATTERN.replace("*", f"{step:09}")
+    write_whole(path, save(dict(tensors), metadata={"facts": json.dumps(facts, allow_nan=False)}))
+    found = sorted(folder.glob(PATTERN))
+    at = found.index(path)
+    for old in found[: max(0, at + 1 - KEPT)] + found[at + 1 :]:
+        old.unlink()
 
 
-def read_facts(folder: Path) -> dict[str, Any] | None:
-    """What was kept beside the tensors, or None without a checkpoint. Raises DinosearchError if it is damaged."""
+def last_checkpoint(folder: Path, *, note: Note = quiet) -> Checkpoint | None:
+    """The newest that can be read, or None without any. Raises DinosearchError if all are damaged."""
     from safetensors import SafetensorError, safe_open
 
-    path = folder / FILE_NAME
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})["facts"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DinosearchError(
-            f"{path} cannot be read ({first_line(error)}). Start over with --overwrite instead of --resume"
-        ) from error
-
-
-def restore(folder: Path, *, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors back, bit for bit."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / FILE_NAME)
-    for prefix, module in modules.items():
-        module.load_state_dict(_below(tensors, prefix))
-    states: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _below(tensors, "optimizer").items():
-        index, key = name.split(".", 1)
-        states.setdefault(int(index), {})[key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+    found = sorted(folder.glob(PATTERN), reverse=True)
+    damage = ""
+    for path in found:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return Checkpoint(path, json.loads((file.metadata() or {})["facts"]))
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            damage = f"{path} cannot be read ({first_line(error)})"
+            note(f"{damage}; trying the one before it")
+    if damage:
+        raise DinosearchError(f"{damage}. Start over with --overwrite instead of --resume")
+    return None

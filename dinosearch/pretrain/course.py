@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import time
 from collections import deque
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dinosearch.errors import DinosearchError, Interrupted
+from dinosearch.pretrain.alarm import Alarm
 from dinosearch.pretrain.bank import ImageBank, batch_indices
+from dinosearch.pretrain.checkpoint import Checkpoint, save_checkpoint
+from dinosearch.pretrain.guard import Guard
+from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.plan import Plan
 from dinosearch.pretrain.run import Run
-from dinosearch.vit.folder import ModelFolder
+from dinosearch.vit.folder import ModelFolder, Note
 
 UNTIMED_STEPS = 3
 """Allocation and compilation make the first steps slow; rates are taken from the end of the third."""
@@ -45,7 +50,8 @@ class TrainReport:
     knn_top1: float | None
     """k-NN accuracy, for those who trained with labels at hand."""
     resumed_from_step: int | None
-    health: dict[str, float]
+    health: dict[str, Any]
+    """The last look at the teacher, and under `alarms` what went wrong on the way and what was changed."""
     stopped: bool = False
     """The run was asked to stop before its end; --resume goes on."""
 
@@ -65,8 +71,8 @@ class Progress:
     seconds_left: float | None = None
     loss: float | None = None
     """Mean DINO loss of the last steps; ln(out_dim) means that nothing is learnt."""
-    teacher_entropy: float | None = None
-    """Mean entropy of the teacher's assignments, in nats; it falls from ln(out_dim) as prototypes gain meaning."""
+    health: Health | None = None
+    """The last look at the teacher."""
     teacher: nn.Module | None = None
     """The teacher's backbone as it is now, for whoever wants to measure it."""
     report: TrainReport | None = None
@@ -83,29 +89,45 @@ class Course:
         plan: Plan,
         *,
         folder: Path,
-        first_step: int,
         began: float,
         kept: Mapping[str, Any],
         trained: Mapping[str, Any],
+        note: Note,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
+        """kept: what every checkpoint says beside its state. trained: what model.json says beside the outcome.
+
+        checkpoint: what to go on from.
+        """
         self.run = run
         self.bank = bank
         self.plan = plan
         self.folder = folder
-        self.first_step = first_step
         self.began = began
         self.kept = kept
-        """What every checkpoint says beside its step."""
         self.trained = trained
-        """What model.json says beside the outcome."""
-        self.health: dict[str, float] = {}
-        self._losses: deque[torch.Tensor] = deque(maxlen=LOOK_EVERY)
+        self.first_step = 0
+        self.health: Health | None = None
+        self._losses: deque[Tensor] = deque(maxlen=LOOK_EVERY)
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
+        self._metrics_path = folder / "training" / "metrics.jsonl"
+        if checkpoint is None:
+            self._metrics_path.write_bytes(b"")
+            self.guard = Guard(run, step=0, note=note)
+        else:
+            facts, tensors = checkpoint.facts, checkpoint.tensors()
+            self.first_step = facts["step"]
+            run.put_back(tensors)
+            self._losses.extend(torch.tensor(loss, device=run.device) for loss in facts["losses"])
+            self.guard = Guard(run, step=self.first_step, note=note, remembered=facts["guard"], tensors=tensors)
+            if self._metrics_path.is_file():  # lines about steps that will be made again
+                os.truncate(self._metrics_path, min(facts["metrics_bytes"], self._metrics_path.stat().st_size))
 
-    def follow(self, *, checkpoint_every: float, stop: Callable[[], bool]) -> Iterator[Progress]:
+    def follow(self, *, checkpoint_every: float, strict: bool, stop: Callable[[], bool]) -> Iterator[Progress]:
         batch = self.run.recipe.batch_size
         timed_from = saved_at = shown_at = time.monotonic()
         step = self.first_step
+        n_made = 0
         stopped = stop()
         rate: float | None = None
         while step < self.plan.total_steps and not stopped:
@@ -114,8 +136,9 @@ class Course:
             outcome = self.run.step(self.bank.pixels[chosen], self.bank.aspect[chosen], step=step, done=done)
             self._losses.append(outcome.loss)
             step += 1
+            n_made += 1
             now = time.monotonic()
-            n_timed = step - self.first_step - UNTIMED_STEPS
+            n_timed = n_made - UNTIMED_STEPS
             if n_timed <= 0:
                 timed_from = now
             else:
@@ -125,12 +148,18 @@ class Course:
             recent = self._seconds_per_step()
             if recent is not None:
                 self.plan.adapt(step, seconds_per_step=recent)
+            save = now - saved_at > checkpoint_every
             last = step >= self.plan.total_steps
-            if step % LOOK_EVERY == 0 or last or step == self.first_step + 1:
-                self.health = self.run.look(outcome).facts()
-                self._record(step, lr=outcome.lr, rate=rate)
-            if now - saved_at > checkpoint_every and not last:
-                self._save(step, report=None)
+            if step % LOOK_EVERY == 0 or last or n_made == 1:
+                loss = self.mean_loss()
+                self.health = self.guard.look(outcome, loss=loss)
+                self._record(step, loss=loss, lr=outcome.lr, rate=rate)
+                judged = step % LOOK_EVERY == 0 or last  # never at a step that a resumed run would not look at
+                alarm = self.guard.judge(self.health, loss=loss, step=step, done=done) if judged else None
+                if alarm is not None:
+                    step = self._recover(alarm, step=step, done=done, strict=strict)
+                    last, save = False, True
+            if save and not last and self._save(step, report=None):
                 saved_at = time.monotonic()
             if now - shown_at > 0.1 and not last:
                 shown_at = now
@@ -140,16 +169,11 @@ class Course:
         yield self._end(step, rate=rate, stopped=not finished)
 
     def mean_loss(self) -> float | None:
-        """Over the last steps; raises DinosearchError when it is no number, before that reaches a file."""
+        """Over the last steps; None before the first, and when it is no number."""
         if not self._losses:
             return None
         loss = torch.stack(list(self._losses)).mean().item()
-        if not math.isfinite(loss):
-            raise DinosearchError(
-                f"the loss became {loss} and training stopped; {self.folder}/training keeps the last good state. "
-                "Try a lower --lr, such as a third of this run's"
-            )
-        return loss
+        return loss if math.isfinite(loss) else None
 
     def _seconds_per_step(self) -> float | None:
         if len(self._ends) < 2:
@@ -165,33 +189,66 @@ class Course:
             images_per_second=self.run.recipe.batch_size / recent if recent else None,
             seconds_left=(self.plan.total_steps - step) * recent if recent else None,
             loss=self.mean_loss(),
-            teacher_entropy=self.health.get("teacher_entropy"),
+            health=self.health,
             teacher=self.run.teacher.backbone,
         )
 
-    def _record(self, step: int, *, lr: float, rate: float | None) -> None:
-        line = {"step": step, "loss": self.mean_loss(), "lr": lr, "images_per_second": rate, **self.health}
-        with (self.folder / "training" / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def _recover(self, alarm: Alarm, *, step: int, done: float, strict: bool) -> int:
+        """The step gone back to; also when it raises, the last sound state is what lies on disk."""
+        try:
+            back = self.guard.recover(alarm, step=step, done=done, strict=strict)
+        except DinosearchError:
+            self._losses.clear()
+            self._save(self.guard.sound_step, report=None)
+            raise
+        self._losses.clear()
+        self._write_line({"alarm": self.guard.alarms[-1]})
+        return back
 
-    def _save(self, step: int, *, report: TrainReport | None) -> None:
-        self.mean_loss()
+    def _record(self, step: int, *, loss: float | None, lr: float, rate: float | None) -> None:
+        health = self.health.facts() if self.health else {}
+        self._write_line({"step": step, "loss": loss, "lr": lr, "images_per_second": rate, **health})
+
+    def _write_line(self, facts: Mapping[str, Any]) -> None:
+        with self._metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(facts, allow_nan=False) + "\n")
+
+    def _save(self, step: int, *, report: TrainReport | None) -> bool:
+        """Write a checkpoint, unless a weight is no number."""
+        losses = [loss.item() for loss in self._losses]
+        if not self.run.finite() or not all(map(math.isfinite, losses)):
+            return False
         facts = {
             **self.kept,
+            "recipe": self.run.recipe.facts(),
             "step": step,
             "total_steps": self.plan.total_steps,
+            "losses": losses,
+            "guard": self.guard.facts(),
+            "metrics_bytes": self._metrics_path.stat().st_size,
             "report": asdict(report) if report else None,
         }
-        self.run.save(self.folder / "training", facts=facts)
+        save_checkpoint(self.folder / "training", step=step, tensors=self.guard.tensors(step), facts=facts)
+        return True
 
     def _end(self, step: int, *, rate: float | None, stopped: bool) -> Progress:
         """Export what the teacher has become. A run that was stopped before its first step leaves no model."""
+        if not self.run.finite():  # stopped between going wrong and the next look
+            step = self.guard.go_back()
+            self._losses.clear()
         if stopped and step == 0:
             shutil.rmtree(self.folder)
-            raise Interrupted("stopped before the first step: there is nothing to save")
+            raise Interrupted("stopped before anything was learnt: there is nothing to save")
         loss = self.mean_loss()
         epochs = step * self.run.recipe.batch_size / len(self.bank)
-        trained = {**self.trained, "steps": step, "epochs": round(epochs, 3), "loss": loss, "health": self.health}
+        trained = {
+            **self.trained,
+            "recipe": self.run.recipe.facts(),
+            "steps": step,
+            "epochs": round(epochs, 3),
+            "loss": loss,
+            "health": (self.health.facts() if self.health else {}) | {"alarms": self.guard.alarms},
+        }
         model = self.run.export(self.folder, trained=trained)
         report = report_on(
             model,

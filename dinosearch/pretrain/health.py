@@ -17,18 +17,27 @@ class Health:
     """Mean KL divergence of assignments from their mean, in nats: 0 means that every crop is assigned alike."""
     prototypes_used: float
     """Share of the prototypes in use: exp(entropy of the mean assignment) / out_dim, 0..1."""
+    crops_told_apart: float
+    """Prototypes in use for every crop looked at, or for every prototype if these are fewer: 0 when all share one."""
     feature_std: float
     """Standard deviation of unit features over the batch, times sqrt(dim): 1 is spread evenly, 0 is one point."""
     rank: float
     """Effective rank of the features, exp(entropy of the singular values), RankMe, arXiv 2210.02885."""
+    center_norm: float
+    """Length of the center: it grows without end when it cannot keep up with the teacher."""
+    loss_of_ln_k: float
+    """DINO loss as a share of ln(out_dim): 1 is what a uniform assignment costs, and means that nothing is learnt."""
 
     def facts(self) -> dict[str, float]:
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
 @torch.no_grad()
-def look(assignments: Tensor, features: Tensor) -> Health:
-    """assignments: the teacher's probabilities [n, out_dim]. features: its class tokens [n, dim] of the same crops."""
+def look(assignments: Tensor, features: Tensor, *, center: Tensor, loss: float) -> Health:
+    """assignments: the teacher's probabilities [n, out_dim]. features: its class tokens [n, dim] of the same crops.
+
+    center: [out_dim]. loss: mean DINO loss of the last steps.
+    """
     p = assignments.float()
     entropy = _entropy(p).mean().item()
     mean_entropy = _entropy(p.mean(dim=0)).item()
@@ -37,8 +46,11 @@ def look(assignments: Tensor, features: Tensor) -> Health:
         teacher_entropy=entropy,
         teacher_kl=mean_entropy - entropy,  # Σ p log(p/m) averaged over rows = H(mean) − mean H
         prototypes_used=math.exp(mean_entropy) / p.shape[1],
+        crops_told_apart=math.exp(mean_entropy) / min(p.shape),
         feature_std=(unit.std(dim=0).square().mean().sqrt() * math.sqrt(unit.shape[1])).item(),
         rank=effective_rank(unit),
+        center_norm=center.float().norm().item(),
+        loss_of_ln_k=loss / math.log(p.shape[1]),
     )
 
 

@@ -247,8 +247,13 @@ def _out_dim(n_images: int) -> tuple[int, str]:
     return 65_536, "as in DINO, for a million images or more"
 
 
+def usual_lr(batch_size: int) -> float:
+    """What suits a small model, by the square root of the batch size; larger ones want no more."""
+    return SMALL_LR * math.sqrt(batch_size / 64)
+
+
 def _own_lr(batch_size: int) -> tuple[float, str]:
-    return SMALL_LR * math.sqrt(batch_size / 64), f"{SMALL_LR:g} at 64 images, for a small model; 3e-3 learnt less"
+    return usual_lr(batch_size), f"{SMALL_LR:g} at 64 images, for a small model; 3e-3 learnt less"
 
 
 def _paper_lr(batch_size: int) -> tuple[float, str]:

@@ -1,4 +1,4 @@
-"""The moving parts of a run: student, teacher, loss, optimizer, and one step. Knows no files but its checkpoint."""
+"""The moving parts of a run: student, teacher, loss, optimizer, and one step. Knows no files but the model's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinosearch.pretrain.checkpoint import restore, save_checkpoint
 from dinosearch.pretrain.dino import DINOHead, DINOLoss, update_teacher
 from dinosearch.pretrain.dinov2 import koleo_loss
 from dinosearch.pretrain.health import Health, look
@@ -119,18 +118,46 @@ class Run:
         update_teacher(self.teacher, self.student, momentum=cosine(recipe.teacher_momentum, 1.0, done))
         return Outcome(loss.detach(), teacher_logits, teacher_features, temperature, lr)
 
-    def look(self, outcome: Outcome) -> Health:
-        """The teacher's health at a step."""
+    def adopt(self, recipe: Recipe) -> None:
+        """Go on by another recipe for the same architecture."""
+        self.recipe = recipe
+        self.loss.center_momentum = recipe.center_momentum
+        self.loss.student_temperature = recipe.student_temperature
+
+    def look(self, outcome: Outcome, *, loss: float) -> Health:
+        """The teacher's health at a step; loss: mean of the last steps."""
         assignments = self.loss.assignments(
             outcome.teacher_logits.flatten(0, 1), teacher_temperature=outcome.teacher_temperature
         )
-        return look(assignments, outcome.teacher_features)
+        return look(assignments, outcome.teacher_features, center=self.loss.center, loss=loss)
 
-    def save(self, folder: Path, *, facts: Mapping[str, Any]) -> None:
-        save_checkpoint(folder, modules=self._modules(), optimizer=self.optimizer, facts=dict(facts))
+    @torch.no_grad()
+    def finite(self) -> bool:
+        """No weight of student, teacher or center is infinite or no number."""
+        tensors = [tensor for module in self._modules().values() for tensor in module.state_dict().values()]
+        return bool(torch.isfinite(torch.stack(torch._foreach_norm(tensors))).all())
 
-    def restore(self, folder: Path) -> None:
-        restore(folder, modules=self._modules(), optimizer=self.optimizer)
+    def state(self) -> dict[str, Tensor]:
+        """A copy of every tensor that the run consists of, in the CPU's memory, by name."""
+        tensors = {
+            f"{prefix}.{name}": tensor
+            for prefix, module in self._modules().items()
+            for name, tensor in module.state_dict().items()
+        }
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        return {name: tensor.detach().clone().contiguous().cpu() for name, tensor in tensors.items()}
+
+    def put_back(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state` copied, bit for bit."""
+        for prefix, module in self._modules().items():
+            module.load_state_dict(_below(state, prefix))
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _below(state, "optimizer").items():
+            index, key = name.split(".", 1)
+            states.setdefault(int(index), {})[key] = tensor.clone()  # load_state_dict would keep the tensor itself
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
     def export(self, folder: Path, *, trained: Mapping[str, Any]) -> ModelFolder:
         """Write the teacher's backbone as a model folder."""
@@ -183,6 +210,10 @@ class Run:
         start, end = recipe.weight_decay
         self.optimizer.param_groups[0]["weight_decay"] = cosine(start, end, done)
         return lr
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def has_bf16(device: torch.device) -> bool:

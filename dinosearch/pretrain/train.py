@@ -18,7 +18,7 @@ import torch
 from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.images import compiler_present, find_images, n_cores
 from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
-from dinosearch.pretrain.checkpoint import read_facts
+from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
 from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
 from dinosearch.pretrain.plan import UNBOUNDED, Plan, plan_length
 from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts
@@ -55,6 +55,8 @@ class TrainConfig:
     """Go on with the run of this name from its last checkpoint."""
     overwrite: bool = False
     """Replace a model of this name."""
+    strict: bool = False
+    """Stop at the first sign of collapse or divergence, instead of going back and changing settings."""
     checkpoint_every: float = 30.0
     """Seconds between checkpoints; a kill loses at most these."""
 
@@ -62,7 +64,7 @@ class TrainConfig:
 def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
     """Train and save a model, yielding progress; the last item carries the report. `stop` is asked between steps.
 
-    Raises DinosearchError: no images, a taken name, sizes that do not fit, a loss that is no number.
+    Raises DinosearchError: no images, a taken name, sizes that do not fit, a run that goes wrong whatever is changed.
     """
     began = time.monotonic()
     device = choose_device(config.device)
@@ -70,7 +72,8 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
     _check(config)
     paths = _find(config.images)
     folder = _folder_for(config)
-    kept = read_facts(folder / "training") if config.resume else None
+    checkpoint = last_checkpoint(folder / "training", note=note) if config.resume else None
+    kept = checkpoint.facts if checkpoint else None
     if config.resume and kept is None:
         note(f"{folder} has no checkpoint yet: starting over")
     digest = _digest(paths)
@@ -120,7 +123,6 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
             note=note,
         )
     else:
-        run.restore(folder / "training")
         plan = Plan(kept["total_steps"], deadline=None)
         if plan.total_steps == UNBOUNDED:  # a time budget, stopped before any step was timed
             plan.deadline = began + 60 * kept["asked"]["minutes"]
@@ -135,19 +137,19 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
         bank,
         plan,
         folder=folder,
-        first_step=0 if kept is None else kept["step"],
         began=began,
         kept={
-            "recipe": recipe.facts(),
             "seed": seed,
             "grey": grey,
             "side": side,
             "images_digest": digest,
-            "asked": _asked(config),
+            "asked": _asked(config) if kept is None else kept["asked"],
         },
         trained=_trained(config, recipe, seed=seed, n_images=len(bank)),
+        note=note,
+        checkpoint=checkpoint,
     )
-    yield from course.follow(checkpoint_every=config.checkpoint_every, stop=stop)
+    yield from course.follow(checkpoint_every=config.checkpoint_every, strict=config.strict, stop=stop)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -200,7 +202,7 @@ def _folder_for(config: TrainConfig) -> Path:
         return folder
     base = config.images[0].resolve().name
     if config.resume:
-        begun = list(config.models.glob("*/training/checkpoint.safetensors"))
+        begun = list(config.models.glob(f"*/training/{PATTERN}"))
         if not begun:
             raise DinosearchError(f"no run in {config.models}/ has a checkpoint. Leave --resume out")
         return max(begun, key=lambda path: path.stat().st_mtime_ns).parent.parent

@@ -1,0 +1,143 @@
+"""When training goes wrong, and which knob to turn then. Sees looks at the teacher and recipes; changes no model."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dinosearch.pretrain.health import Health
+from dinosearch.pretrain.recipe import Recipe, usual_lr
+
+LEAST_KL = 0.01
+"""Nats. Runs that learn stay above 0.03 even on a few hundred digits; collapsed ones fall below 0.001. Untrained
+networks of any depth start above 0.1."""
+FEW_PROTOTYPES = 0.1
+"""In use per crop; a collapse unless the assignments differ as much as so few prototypes allow."""
+LEAST_STD = 0.02
+"""Of features: below it they are one point, whatever the head makes of them."""
+MOST_LOSS = 1.2
+"""Of ln(out_dim): a student that is surely wrong. Uniform is 1."""
+PATIENCE = 3
+"""The median of so many looks decides, so that one odd batch alarms nobody."""
+MOST_ALARMS = 6
+"""After so many alarms in one run, turning knobs has proven useless."""
+HIGHEST_TEMPERATURE = 0.07
+"""Of the teacher; 0.08 collapses (table 8 of arXiv 2104.14294)."""
+HIGHEST_CENTER_MOMENTUM = 0.99
+"""0.999 collapses (same table)."""
+HIGHEST_LR = 10.0
+"""Times the usual learning rate: nothing learns from steps above it."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What is wrong."""
+
+    kind: str
+    """"collapse", "divergence" or "nan"."""
+    why: str
+    """The signal that told, for people."""
+
+
+class Watch:
+    """Judges looks at the teacher, one after another.
+
+    recent: looks remembered from before, oldest first, as `recent` gives them.
+    """
+
+    def __init__(self, recent: Sequence[Sequence[float]] = ()) -> None:
+        self._recent = deque((tuple(look) for look in recent), maxlen=PATIENCE)
+
+    @property
+    def recent(self) -> list[tuple[float, ...]]:
+        return list(self._recent)
+
+    @property
+    def calm(self) -> bool:
+        """All the looks remembered show a state worth coming back to."""
+        return not any(
+            _diverged(loss) or _alike(kl, mean_entropy, apart) or _one_point(std)
+            for kl, mean_entropy, apart, std, loss in self._recent
+        )
+
+    def forget(self) -> None:
+        """After a step back the looks since then no longer count."""
+        self._recent.clear()
+
+    def judge(self, health: Health, *, done: float, warmup: float) -> Alarm | None:
+        """The alarm that this look and those before it give, if any.
+
+        done: share of the run that is over. warmup: share during which the learning rate rises, and little is learnt.
+        """
+        mean_entropy = health.teacher_entropy + health.teacher_kl
+        self._recent.append(
+            (health.teacher_kl, mean_entropy, health.crops_told_apart, health.feature_std, health.loss_of_ln_k)
+        )
+        if len(self._recent) < PATIENCE or done < warmup:
+            return None
+        kl, mean_entropy, apart, std, loss = (
+            sorted(signal)[PATIENCE // 2] for signal in zip(*self._recent, strict=True)
+        )
+        if _diverged(loss):
+            return Alarm("divergence", f"the loss is {loss:.2f} times ln(out_dim)")
+        if _alike(kl, mean_entropy, apart):
+            where = "to few prototypes" if apart < FEW_PROTOTYPES else "uniformly"
+            return Alarm("collapse", f"all images are assigned alike, {where} (KL from the mean {kl:.2g})")
+        if _one_point(std):
+            return Alarm("collapse", f"all images have the same features (standard deviation {std:.2g})")
+        return None
+
+
+def _diverged(loss: float) -> bool:
+    return loss > MOST_LOSS
+
+
+def _alike(kl: float, mean_entropy: float, apart: float) -> bool:
+    # kl = mean_entropy when every image has one prototype for sure: few kinds of images, well told apart
+    return kl < LEAST_KL or (apart < FEW_PROTOTYPES and kl < mean_entropy / 2)
+
+
+def _one_point(std: float) -> bool:
+    return std < LEAST_STD
+
+
+def not_a_number(loss: float | None) -> Alarm:
+    what = "a weight" if loss is None or math.isfinite(loss) else "the loss"
+    return Alarm("nan", f"{what} became infinite or no number")
+
+
+def remedy(recipe: Recipe, alarm: Alarm) -> tuple[Recipe, str]:
+    """The recipe to go on with, and what was changed in it.
+
+    Known causes are mended first; else steps get smaller, and after a collapse the teacher sharper and steadier.
+    """
+    mended: dict[str, float] = {}
+    usual = usual_lr(recipe.batch_size)
+    if recipe.lr > HIGHEST_LR * usual:
+        mended["lr"] = usual
+    if max(recipe.teacher_temperature, recipe.warmup_teacher_temperature) > HIGHEST_TEMPERATURE:
+        mended |= dict.fromkeys(("teacher_temperature", "warmup_teacher_temperature"), 0.04)
+    if recipe.center_momentum > HIGHEST_CENTER_MOMENTUM:
+        mended["center_momentum"] = 0.9
+    if mended:
+        return _changed(recipe, **mended)
+    if alarm.kind != "collapse":
+        return _changed(recipe, lr=recipe.lr / 10)
+    return _changed(
+        recipe,
+        lr=recipe.lr / 4,
+        teacher_temperature=max(0.02, 0.75 * recipe.teacher_temperature),
+        warmup_teacher_temperature=max(0.02, 0.75 * recipe.warmup_teacher_temperature),
+        teacher_momentum=(1 + recipe.teacher_momentum) / 2,
+    )
+
+
+def _changed(recipe: Recipe, **values: float) -> tuple[Recipe, str]:
+    for name in ("teacher_temperature", "warmup_teacher_temperature"):  # sharper only
+        if name in values:
+            values[name] = min(values[name], getattr(recipe, name))
+    changes = {name: (getattr(recipe, name), value) for name, value in values.items() if getattr(recipe, name) != value}
+    told = [f"{name.replace('_', ' ')} {before:.3g} → {after:.3g}" for name, (before, after) in changes.items()]
+    changed: dict[str, Any] = dict(values)
+    return replace(recipe, **changed), ", ".join(told)
