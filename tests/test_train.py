@@ -85,6 +85,8 @@ def test_a_run_leaves_a_model_that_says_how_it_was_made(images: Path, tmp_path: 
     assert lines[-1]["step"] == 6
     assert lines[-1]["loss"] == pytest.approx(report.loss)
     assert model.load_vit()(torch.zeros(1, 3, 16, 16)).shape == (1, model.dim)
+    assert "](curves.png)" in (model.path / "README.md").read_text()
+    assert Image.open(model.path / "curves.png").format == "PNG"
 
 
 def test_zero_steps_save_the_initial_weights(images: Path, tmp_path: Path) -> None:
@@ -93,6 +95,7 @@ def test_zero_steps_save_the_initial_weights(images: Path, tmp_path: Path) -> No
     report, _ = run(images, tmp_path, name="end", steps=3)
     assert report.fingerprint != untrained.fingerprint
     assert open_model(tmp_path / "start").trained["method"] == "none"
+    assert "untrained" in (tmp_path / "start" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dinosearch.errors import DinosearchError, Interrupted
 from dinosearch.pretrain.alarm import Alarm
 from dinosearch.pretrain.bank import ImageBank, batch_indices
+from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import Checkpoint, save_checkpoint
 from dinosearch.pretrain.guard import Guard
 from dinosearch.pretrain.health import Health
@@ -250,6 +251,7 @@ class Course:
             "health": (self.health.facts() if self.health else {}) | {"alarms": self.guard.alarms},
         }
         model = self.run.export(self.folder, trained=trained)
+        write_card(model)
         report = report_on(
             model,
             trained,

@@ -18,6 +18,7 @@ import torch
 from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.images import compiler_present, find_images, n_cores
 from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
+from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
 from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
 from dinosearch.pretrain.plan import UNBOUNDED, Plan, plan_length
@@ -98,6 +99,7 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
     if config.steps == 0:
         facts = _trained(config, recipe, seed=seed, n_images=len(paths)) | {"method": "none", "steps": 0}
         model = run.export(folder, trained=facts)
+        write_card(model)
         yield Progress("done", 0, 0, report=report_on(model, facts, seconds=time.monotonic() - began))
         return
 

@@ -1,0 +1,116 @@
+"""A model's README.md: what it was taught from, how, how it went, and what not to expect of it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dinosearch.pretrain.curves import draw_curves
+from dinosearch.vit.folder import ModelFolder, write_whole
+
+CURVES = "curves.png"
+EXPLAINED = {
+    "loss_of_ln_k": "of ln(prototypes), what knowing nothing costs",
+    "teacher_kl": "nats by which assignments differ from their mean; near 0 all images look alike to the teacher",
+    "prototypes_used": "share of the prototypes in use",
+    "feature_std": "spread of the vectors; 1 is even, 0 is one point",
+    "rank": "effective number of directions that the vectors use (RankMe)",
+}
+
+
+def write_card(model: ModelFolder) -> None:
+    """Write `README.md`, and `curves.png` where there is a run to draw, into the model's folder."""
+    drawn = draw_curves(_metrics(model.path / "training" / "metrics.jsonl"), model.path / CURVES)
+    write_whole(model.path / "README.md", card(model, curves=drawn).encode("utf-8", "surrogateescape"))
+
+
+def card(model: ModelFolder, *, curves: bool) -> str:
+    """The text, in Markdown."""
+    trained = model.trained
+    untrained = trained.get("method") == "none"
+    data = ", ".join(f"`{folder}`" for folder in trained.get("data", []))
+    how = (
+        "An untrained vision transformer: random weights, to compare trained ones with."
+        if untrained
+        else f"A vision transformer taught by self-distillation ({trained['method']}) from {trained['images']:,} "
+        "images without labels."
+    )
+    parts = [f"# {model.name}", how]
+    if curves:
+        parts.append(f"![How the run went]({CURVES})")
+    size = f"{model.image_size}×{model.image_size} px"
+    parts += [
+        "## Model",
+        _table(
+            {
+                "architecture": f"timm `{model.arch}`, {_short(model.arch_kwargs)}",
+                "input": f"{size}, {model.fit}, {model.interpolation}",
+                "vector": f"{model.dim} numbers, pooling `{model.pooling}`",
+                "fingerprint": f"`{model.fingerprint}`",
+                "created": model.created,
+            }
+        ),
+        "    dinosearch index IMAGES --model " + model.name,
+        "## Data",
+        f"{trained['images']:,} images from {data}. Not part of this folder.",
+    ]
+    if not untrained:
+        parts += ["## How it went", _outcome(trained), *_alarms(trained)]
+    parts += [
+        "## Recipe",
+        f"Seed {trained['seed']}. `dinosearch train IMAGES --config model.json`, with the file beside this page, "
+        "trains by it again.",
+        _table({name: _short(value) for name, value in _flat(trained["recipe"]).items()}),
+        "## Limits",
+        "It knows what its images show and little else: on other kinds of images a released model will do better. "
+        "None of the figures above uses labels; measure it on yours with `dinosearch probe --labels labels.csv`. "
+        "Whatever the images over-represent, the neighbours will too.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _outcome(trained: Mapping[str, Any]) -> str:
+    rows = {"steps": f"{trained['steps']:,}", "epochs": f"{trained['epochs']:g}"}
+    if trained.get("loss") is not None:
+        rows["loss"] = f"{trained['loss']:.4f}"
+    for name, why in EXPLAINED.items():
+        if name in trained.get("health", {}):
+            rows[name.replace("_", " ")] = f"{trained['health'][name]:.4g} ({why})"
+    return _table(rows)
+
+
+def _alarms(trained: Mapping[str, Any]) -> list[str]:
+    alarms = trained.get("health", {}).get("alarms", [])
+    if not alarms:
+        return ["No alarm: no sign of collapse or divergence at any look."]
+    told = [
+        f"- {alarm['kind']} at step {alarm['step']}: {alarm['why']}. Went back to step {alarm['back_to_step']}, "
+        f"with {alarm['changed']}."
+        for alarm in alarms
+    ]
+    return ["Alarms on the way; the recipe below is the one it ended with:", "\n".join(told)]
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in recipe.items() if name != "views"} | dict(recipe.get("views", {}))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_short(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_short(item) for item in value)
+    return str(value)
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    lines = [f"| {name.replace('_', ' ')} | {value.replace('|', '/')} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])

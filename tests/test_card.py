@@ -1,0 +1,111 @@
+"""The picture and the page that a run leaves in its model's folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+from dinosearch.pretrain.card import card, write_card
+from dinosearch.pretrain.curves import ALARM, CURVE, GIVEN_UP, HEIGHT, WIDTH, draw_curves
+from dinosearch.pretrain.recipe import Recipe
+from dinosearch.vit.folder import ModelFolder
+
+ALARMED = {"step": 30, "kind": "collapse", "why": "all alike", "back_to_step": 10, "changed": "lr 0.1 → 0.001"}
+
+
+def line(step: int, **values: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 5.0 - step / 100, "images_per_second": 10.0, **values}
+
+
+def a_model(path: Path, **trained: Any) -> ModelFolder:
+    recipe = Recipe(arch="vit_tiny_patch16_224", arch_kwargs={"img_size": 32}, image_size=32, patch_size=8)
+    facts = {
+        "method": "dino",
+        "data": ["photos|of cats"],
+        "images": 1234,
+        "seed": 5,
+        "steps": 60,
+        "epochs": 1.5,
+        "loss": 4.5,
+        "recipe": json.loads(json.dumps(recipe.facts())),
+        "health": {"teacher_kl": 0.5, "rank": 12.0, "alarms": []},
+    }
+    return ModelFolder(
+        arch=recipe.arch, arch_kwargs=recipe.arch_kwargs, image_size=32, path=path, dim=192, trained=facts | trained
+    )
+
+
+def has(path: Path, colour: str, box: tuple[int, int, int, int]) -> bool:
+    pixels = np.asarray(Image.open(path).crop(box).convert("RGB"))
+    return bool((pixels == ImageColor.getrgb(colour)).all(axis=2).any())
+
+
+def test_one_panel_per_signal_that_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+    assert draw_curves([line(step, rank=float(step), lr=0.1) for step in (1, 10, 20)], path)
+    assert Image.open(path).size == (2 * WIDTH, 2 * HEIGHT)
+    for i in range(3):
+        left, top = i % 2 * WIDTH, i // 2 * HEIGHT
+        assert has(path, CURVE, (left, top, left + WIDTH, top + HEIGHT))
+    assert not has(path, CURVE, (WIDTH, HEIGHT, 2 * WIDTH, 2 * HEIGHT))
+
+
+def test_a_rising_signal_is_drawn_rising(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+    draw_curves([{"step": step, "rank": float(step)} for step in (0, 50, 100)], path)
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    heights, columns = np.nonzero((pixels == ImageColor.getrgb(CURVE)).all(axis=2))
+    assert np.corrcoef(columns, heights)[0, 1] < -0.99  # rows count from the top
+
+
+def test_an_alarm_and_what_was_given_up_are_seen(tmp_path: Path) -> None:
+    path, whole = tmp_path / "curves.png", (0, 0, WIDTH, HEIGHT)
+    lines = [line(1), line(10), line(20), line(30), {"alarm": ALARMED}, line(20), line(40)]
+    assert draw_curves(lines, path)
+    assert all(has(path, colour, whole) for colour in (CURVE, GIVEN_UP, ALARM))
+    assert draw_curves([line(1), line(10)], path)
+    assert not has(path, ALARM, whole)
+    assert not has(path, GIVEN_UP, whole)
+
+
+@pytest.mark.parametrize("lines", [[], [line(1)], [line(1), line(2, loss=None)]])
+def test_without_two_points_there_is_no_picture(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+    assert not draw_curves(lines, tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_signal_that_never_moves_is_drawn_too(tmp_path: Path) -> None:
+    assert draw_curves([line(step, feature_std=1.0) for step in (1, 2)], tmp_path / "curves.png")
+
+
+def test_the_card_tells_data_recipe_outcome_and_limits(tmp_path: Path) -> None:
+    text = card(a_model(tmp_path / "cats"), curves=True)
+    for told in ("# cats", "1,234 images", "photos|of cats", "curves.png", "teacher temperature | 0.04", "No alarm"):
+        assert told in text
+    assert "## Limits" in text
+    assert "rank | 12 (" in text
+    assert "](curves.png)" not in card(a_model(tmp_path / "cats"), curves=False)
+
+
+def test_the_card_tells_alarms(tmp_path: Path) -> None:
+    text = card(a_model(tmp_path / "cats", health={"alarms": [ALARMED]}), curves=False)
+    assert "- collapse at step 30: all alike. Went back to step 10, with lr 0.1 → 0.001." in text
+    assert "No alarm" not in text
+
+
+def test_an_untrained_model_says_so(tmp_path: Path) -> None:
+    text = card(a_model(tmp_path / "start", method="none", steps=0), curves=False)
+    assert "untrained" in text
+    assert "How it went" not in text
+
+
+def test_both_lie_in_the_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "training").mkdir()
+    lines = "".join(json.dumps(line(step)) + "\n" for step in (1, 50))
+    (tmp_path / "training" / "metrics.jsonl").write_text(lines)
+    write_card(a_model(tmp_path))
+    assert Image.open(tmp_path / "curves.png").format == "PNG"
+    assert "](curves.png)" in (tmp_path / "README.md").read_text()
