@@ -107,15 +107,19 @@ def not_a_number(loss: float | None) -> Alarm:
     return Alarm("nan", f"{what} became infinite or no number")
 
 
+def ruinous(recipe: Recipe) -> bool:
+    """Its steps are so large that no weights made by them are worth keeping, however good they look."""
+    return recipe.lr > HIGHEST_LR * usual_lr(recipe.batch_size)
+
+
 def remedy(recipe: Recipe, alarm: Alarm) -> tuple[Recipe, str]:
     """The recipe to go on with, and what was changed in it.
 
     Known causes are mended first; else steps get smaller, and after a collapse the teacher sharper and steadier.
     """
     mended: dict[str, float] = {}
-    usual = usual_lr(recipe.batch_size)
-    if recipe.lr > HIGHEST_LR * usual:
-        mended["lr"] = usual
+    if ruinous(recipe):
+        mended["lr"] = usual_lr(recipe.batch_size)
     if max(recipe.teacher_temperature, recipe.warmup_teacher_temperature) > HIGHEST_TEMPERATURE:
         mended |= dict.fromkeys(("teacher_temperature", "warmup_teacher_temperature"), 0.04)
     if recipe.center_momentum > HIGHEST_CENTER_MOMENTUM:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dinosearch.errors import DinosearchError
-from dinosearch.pretrain.alarm import MOST_ALARMS, Alarm, Watch, not_a_number, remedy
+from dinosearch.pretrain.alarm import MOST_ALARMS, Alarm, Watch, not_a_number, remedy, ruinous
 from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.run import Outcome, Run
 from dinosearch.vit.folder import Note
@@ -71,7 +71,7 @@ class Guard:
             advice = "leave --strict out, and settings are changed on the way" if strict else "try a lower --lr"
             raise DinosearchError(f"{told}. Training stopped; the state of step {back} is kept. To go on, {advice}")
         recipe, changes = remedy(self.run.recipe, alarm)
-        if repeated and done < EARLY and back > 0:
+        if back > 0 and (ruinous(self.run.recipe) or (repeated and done < EARLY)):
             self._begin_again()
             back = 0
         self.run.adopt(recipe)
