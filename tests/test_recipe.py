@@ -82,3 +82,38 @@ def test_an_unknown_architecture_is_refused() -> None:
 def test_a_recipe_survives_json() -> None:
     recipe = planned(64, 48, 3000)
     assert recipe_from_facts(json.loads(json.dumps(recipe.facts()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("n_images", "length", "method", "why"),
+    [
+        (9_500, {"steps": 10_000_000}, "dino", "learns more from 9,500 images"),
+        (2_000_000, {"steps": 10_000}, "dino", "learns more in 10,000 steps"),
+        (2_000_000, {}, "dino", "ask for it if time allows"),
+        (2_000_000, {"epochs": 1.0}, "dino", "learns more in 7,812 steps"),
+        (2_000_000, {"epochs": 20.0}, "dinov2", "are enough for it"),
+    ],
+)
+def test_the_method_is_chosen_by_images_and_steps(n_images: int, length: dict, method: str, why: str) -> None:
+    survey = Survey(n_images=n_images, width=300, height=300, grey=False)
+    recipe, reasons = plan_recipe(survey, accelerator=True, overrides={"method": "auto"}, **length)
+    assert recipe.method == method
+    assert why in next(reason.why for reason in reasons if reason.name == "method")
+
+
+def test_dinov2_brings_its_own_settings_and_each_can_be_overridden() -> None:
+    recipe = planned(300, 300, accelerator=True, method="dinov2", layer_decay=0.8)
+    assert (recipe.koleo_weight, recipe.layer_decay, recipe.patch_embed_lr) == (0.1, 0.8, 0.2)
+    assert (recipe.uniform_drop_path, recipe.norm_last_layer) == (True, False)
+    assert recipe.views.local_scale == (0.05, 0.32)
+    assert recipe.arch_kwargs["reg_tokens"] == 4
+    assert "reg_tokens" not in planned(28, 28, method="dinov2").arch_kwargs  # 4 × 4 patches
+    plain = planned(300, 300, accelerator=True, method="dino")
+    assert (plain.layer_decay, plain.patch_embed_lr, plain.uniform_drop_path) == (1.0, 1.0, False)
+    assert plain.norm_last_layer
+
+
+@pytest.mark.parametrize("wrong", [{"method": "moco"}, {"teacher_normalisation": "batch"}])
+def test_unknown_words_are_refused_with_those_there_are(wrong: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="Choose one of these"):
+        planned(64, 64, **wrong)

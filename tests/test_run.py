@@ -135,10 +135,44 @@ def test_a_run_starts_from_the_weights_it_is_given() -> None:
     assert not torch.equal(run.student.head.mlp[0].weight, Run(TINY, seed=5, device=CPU).student.head.mlp[0].weight)
 
 
+def test_a_hidden_patch_is_unseen_and_its_head_learns() -> None:
+    run = Run(replace(TINY, method="dinov2"), seed=0, device=CPU)
+    student = run.student.eval()
+    torch.nn.init.normal_(student.mask_token.weight)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(2, 4, 4, dtype=torch.bool)
+    masks[0, 1:3, 2:4] = True
+    changed = images.clone()
+    changed[0, :, 4:12, 8:16] = 0
+    (features, patches), (same, _), (other, _) = (
+        student.encode(images, masks),
+        student.encode(changed, masks),
+        student.encode(images),
+    )
+    assert patches.shape == (2, 16, 32)
+    torch.testing.assert_close(features, same)
+    assert not torch.allclose(features[0], other[0])
+    torch.testing.assert_close(features[1], other[1])
+    before = copies(run.student)
+    outcome = run.step(*batch(), step=0, done=0.5)
+    assert set(outcome.terms) == {"dino", "koleo", "ibot"}
+    moved = {name for name, tensor in copies(run.student).items() if not torch.equal(tensor, before[name])}
+    assert {"mask_token.weight", "patch_head.mlp.0.weight", "patch_head.prototypes.weight_v"} <= moved
+
+
+def test_the_student_drops_paths_in_every_block_alike_and_the_teacher_none() -> None:
+    run = Run(replace(TINY, drop_path_rate=0.2, uniform_drop_path=True), seed=0, device=CPU)
+    rates = [block.drop_path1.drop_prob for block in run.student.backbone.blocks]
+    assert rates == [0.2, 0.2]
+    rates = [getattr(block.drop_path2, "drop_prob", 0.0) for block in run.teacher.backbone.blocks]
+    assert rates == [0.0, 0.0]
+
+
 @pytest.mark.slow
-def test_a_compiled_step_is_the_eager_step() -> None:
+@pytest.mark.parametrize("method", ["dino", "dinov2"])
+def test_a_compiled_step_is_the_eager_step(method: str) -> None:
     # a small lr: Adam's first steps follow the signs of gradients, and large ones would amplify bfloat16's rounding
-    gentle = replace(TINY, lr=1e-4)
+    gentle = replace(TINY, lr=1e-4, method=method)
     losses = []
     for compiled in (False, True):
         run = Run(gentle, seed=0, device=CPU)

@@ -153,6 +153,42 @@ def test_a_stopped_run_resumes_to_the_same_tensors_bit_for_bit(images: Path, tmp
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
 
 
+def test_dinov2_trains_resumes_to_the_same_tensors_and_exports_a_plain_vit(images: Path, tmp_path: Path) -> None:
+    import timm
+
+    settings: dict[str, Any] = {
+        "overrides": {
+            "method": "dinov2",
+            "head_hidden_dim": 32,
+            "head_bottleneck_dim": 16,
+            "arch": "vit_tiny_patch16_224",
+            "arch_kwargs": {"embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 4},
+        }
+    }
+    whole, _ = run(images, tmp_path, name="whole", steps=6, **settings)
+    half, _ = run(images, tmp_path, name="half", steps=6, stop=stops_after(4), **settings)
+    assert half.stopped
+    assert whole.health["rank"] > 0
+    resumed, _ = run(images, tmp_path, name="half", resume=True, **settings)
+    assert resumed.resumed_from_step == half.steps < 6
+    kept = [checkpoint_of(tmp_path / name).tensors() for name in ("whole", "half")]
+    assert kept[0].keys() == kept[1].keys()
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    assert {"student.mask_token.weight", "student.patch_head.prototypes.weight_v", "objective.ibot_loss.center"} <= set(
+        kept[0]
+    )
+    assert kept[0]["objective.ibot_loss.center"].any()
+    model = open_model(tmp_path / "whole")
+    assert model.trained["method"] == "dinov2"
+    loaded = timm.create_model(
+        model.arch, num_classes=0, checkpoint_path=str(model.weights_path), **model.arch_kwargs
+    ).eval()
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded(pixels), model.load_vit()(pixels))
+    with pytest.raises(UsageError, match="begun with --method dinov2, not dino"):
+        run(images, tmp_path, name="half", resume=True, overrides=settings["overrides"] | {"method": "dino"})
+
+
 def test_a_finished_run_is_not_trained_again(images: Path, tmp_path: Path) -> None:
     first, _ = run(images, tmp_path, name="a", steps=4)
     again, items = run(images, tmp_path, name="a", resume=True)

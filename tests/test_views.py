@@ -132,6 +132,19 @@ def test_blur_happens_as_often_as_published() -> None:
         assert changed.float().mean().item() == pytest.approx(expected, abs=0.04 if expected < 1 else 0)
 
 
+def test_each_view_is_really_blurred_as_often_as_published() -> None:
+    """Through the whole pipeline: the same crops with and without blur, view by view."""
+    pixels = (255 * torch.rand(400, 1, 32, 32, generator=seeded())).to(torch.uint8)
+    settings = ViewSettings(global_size=32, local_size=32, n_local=2, blur_sigma=(14.0, 28.0))
+    never = replace(settings, blur=(0.0, 0.0, 0.0))
+    views, sharp = (
+        torch.cat(multi_crop(pixels, torch.ones(400), chosen, generator=seeded(1))) for chosen in (settings, never)
+    )
+    changed = ((views - sharp).abs().amax(dim=(2, 3, 4)) > 1e-3).float().mean(dim=1)
+    assert settings.blur == (1.0, 0.1, 0.5)
+    assert changed.tolist() == pytest.approx([1.0, 0.1, 0.5, 0.5], abs=0.06)
+
+
 def test_blur_is_torchvisions_gaussian_away_from_the_border() -> None:
     images = torch.rand(1, 3, 112, 112, generator=seeded())
     ours = blur(images, 1.0, (3.0, 3.0), generator=seeded())
