@@ -122,6 +122,8 @@ class Fit:
     """With "crop": share of the short side that is kept."""
     interpolation: str = "bicubic"
     """"bicubic", "bilinear" or "lanczos", always antialiased."""
+    channels: int = 3
+    """3 is RGB, whatever the file has; another number is that of a file's own bands or pages, as they are."""
 
 
 @dataclass(frozen=True)
