@@ -114,7 +114,7 @@ def test_without_two_images_there_is_nothing_to_train_on(tmp_path: Path, pool: D
     with pytest.raises(DinosearchError, match="training needs two"):
         filled(images_of(tmp_path), tmp_path, pool)
     (tmp_path / "00.png").write_bytes(b"")
-    with pytest.raises(DinosearchError, match="none of 1 files.*empty file"):
+    with pytest.raises(DinosearchError, match=r"none of 1 files.*empty file"):
         survey_images(images_of(tmp_path), pool)
 
 

@@ -31,6 +31,9 @@ def train(
     arch: Annotated[str | None, typer.Option(help="Any vision transformer of timm by name.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the square the model sees, in pixels.")] = None,
     patch_size: Annotated[int | None, typer.Option(min=1, help="Side of a patch, in pixels.")] = None,
+    channels: Annotated[
+        int | None, typer.Option(min=1, help="Of multi-channel images: so many bands or pages of a TIFF; 3 is RGB.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Images per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     out_dim: Annotated[int | None, typer.Option(min=2, help="Number of prototypes.")] = None,
@@ -80,6 +83,7 @@ def train(
         "arch": arch,
         "image_size": image_size,
         "patch_size": patch_size,
+        "channels": channels,
         "batch_size": batch_size,
         "lr": lr,
         "out_dim": out_dim,

@@ -15,7 +15,7 @@ import warnings
 from io import FileIO
 from typing import Any
 
-from dinosearch.images.decode import BadImage, Fit, Frames, content_hash
+from dinosearch.images.decode import BadImage, Fit, Frames, content_hash, decode
 from dinosearch.images.read import read_stable
 from dinosearch.images.source import StableBytes
 
@@ -98,6 +98,10 @@ class _File:
         return {"hash": content, "size": size, "mtime_ns": stable.mtime_ns}, nothing
 
     def _decode(self, fit: Fit, frame: int, count: bool) -> tuple[dict[str, Any], memoryview]:
+        if fit.channels != 3:  # its pages are channels, not pictures of their own
+            picture = decode(self._data, fit, max_pixels=self._max_pixels)
+            facts = {"width": picture.width, "height": picture.height, "n_frames": 1}
+            return facts, picture.pixels.data.cast("B")
         if self._frames is None:
             self._frames = Frames(self._data, fit, max_pixels=self._max_pixels)
         n_frames = self._frames.count() if count else 1

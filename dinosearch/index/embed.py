@@ -98,7 +98,7 @@ class Embedding:
         self._catalog = catalog
         self._fingerprint = model.fingerprint
         self._dim = model.dim
-        self._fit = Fit(model.image_size, mode=model.fit, crop_pct=model.crop_pct, interpolation=model.interpolation)
+        self._fit = Fit(model.image_size, model.fit, model.crop_pct, model.interpolation, model.channels)
         self._encoder_for = encoder_for
         self._encoder: Encoder | None = None
         self._wanted: Sequence[Wanted] = ()
@@ -149,7 +149,8 @@ class Embedding:
         self._began = self._saved = time.monotonic()
         self._wanted = wanted
         workers = self._limits.workers
-        ahead = max(2 * workers, min(16 * workers, self._limits.ahead_bytes // (3 * self._fit.image_size**2)))
+        square = self._fit.channels * self._fit.image_size**2
+        ahead = max(2 * workers, min(16 * workers, self._limits.ahead_bytes // square))
         results = in_threads(
             self._read,
             readings(wanted),
@@ -256,7 +257,7 @@ class Embedding:
             if square is not None
         ]
         side = self._fit.image_size
-        return np.stack(squares) if squares else np.empty((0, side, side, 3), np.uint8)
+        return np.stack(squares) if squares else np.empty((0, side, side, self._fit.channels), np.uint8)
 
     def _squares(
         self, file: _File, pixels: np.ndarray | None, files: Iterator[tuple[_File, np.ndarray | None]]

@@ -97,7 +97,7 @@ def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[
     images = gather_images(_specs(config), options, note=note)
     digest = images_digest(images)
     if kept is None:
-        survey = survey_images(images, pool)
+        survey = survey_images(images, pool, channels=config.overrides.get("channels") or 3)
         recipe, reasons = plan_recipe(survey, accelerator=device.type != "cpu", overrides=config.overrides)
         _tell(reasons, note)
         seed, grey, side = config.seed, survey.grey, _bank_side(recipe, survey)
@@ -121,7 +121,15 @@ def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[
         yield Progress("done", 0, 0, report=report_on(model, facts, seconds=time.monotonic() - began))
         return
 
-    bank = ImageBank(images, pool, side=side, grey=grey, folder=folder / "training", limit=config.cache_bytes)
+    bank = ImageBank(
+        images,
+        pool,
+        side=side,
+        grey=grey,
+        channels=recipe.channels,
+        folder=folder / "training",
+        limit=config.cache_bytes,
+    )
     note(f"cache: {bank}")
     for n_read in bank.read():
         yield Progress("reading", n_read, len(images))
