@@ -1,4 +1,4 @@
-"""`train`: a model from a folder of images."""
+"""`train`: a model from images."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def train(
-    images: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of images, with all below them.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Folders, archives, lists, tables, quoted globs or URLs.")
+    ],
     name: Annotated[str | None, typer.Option(help="Name of the model; the folder's name without.")] = None,
     steps: Annotated[int | None, typer.Option(help="Train so many steps; 0 saves the untrained model.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Train so many passes over the images.")] = None,
@@ -32,6 +34,9 @@ def train(
     arch: Annotated[str | None, typer.Option(help="Any vision transformer of timm by name.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the square the model sees, in pixels.")] = None,
     patch_size: Annotated[int | None, typer.Option(min=1, help="Side of a patch, in pixels.")] = None,
+    channels: Annotated[
+        int | None, typer.Option(min=1, help="Of multi-channel images: so many bands or pages of a TIFF; 3 is RGB.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Images per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     out_dim: Annotated[int | None, typer.Option(min=2, help="Number of prototypes.")] = None,
@@ -49,12 +54,24 @@ def train(
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds between checkpoints; a power cut costs at most these.")
     ] = 30.0,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Pass over paths like this, as in .gitignore.")
+    ] = None,
+    include_hidden: Annotated[
+        bool, typer.Option("--include-hidden", help="Take names that begin with a dot too.")
+    ] = False,
+    cache_size: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="GIB", help="Keep decoded images in so much memory or disk, and decode the others each time."
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop when training goes wrong, instead of changing settings.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Teach a vision transformer from a folder of images, without labels.
+    """Teach a vision transformer from images, without labels.
 
     What is left out is chosen from the images and the machine, and printed.
 
@@ -70,6 +87,7 @@ def train(
         "arch": arch,
         "image_size": image_size,
         "patch_size": patch_size,
+        "channels": channels,
         "batch_size": batch_size,
         "lr": lr,
         "out_dim": out_dim,
@@ -91,6 +109,9 @@ def train(
         overrides=overrides,
         resume=resume,
         overwrite=overwrite,
+        exclude=tuple(exclude or ()),
+        include_hidden=include_hidden,
+        cache_bytes=None if cache_size is None else int(cache_size * 2**30),
         strict=strict,
         checkpoint_every=checkpoint_every,
     )

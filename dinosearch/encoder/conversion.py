@@ -1,6 +1,6 @@
 """A ViT → OpenVINO's form of it, once, kept in the model's cache. The only step on the processor that needs torch.
 
-The form takes uint8 [n, S, S, 3] for any n and gives float32 [n, dim], not of unit length; normalisation is part of it.
+The form takes uint8 [n, S, S, channels] for any n and gives float32 [n, dim], not of unit length; it normalises.
 Its weights are stored in half precision, which moves vectors by less than bf16 does.
 """
 
@@ -62,12 +62,12 @@ def _graph(model: ModelFolder) -> "openvino.Model":
 
     side = model.image_size
     vit = model.load_vit()
-    skip_unread_tokens(vit, image_size=side)
-    example = torch.zeros(2, 3, side, side)
+    skip_unread_tokens(vit, channels=model.channels, image_size=side)
+    example = torch.zeros(2, model.channels, side, side)
     with warnings.catch_warnings():
         # Tracing is deprecated in torch, but what OpenVINO converts; and all our inputs have one shape but for n.
         warnings.simplefilter("ignore")
-        graph = convert_model(vit, example_input=example, input=[-1, 3, side, side])
+        graph = convert_model(vit, example_input=example, input=[-1, model.channels, side, side])
     steps = PrePostProcessor(graph)
     steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
     steps.input().model().set_layout(openvino.Layout("NCHW"))

@@ -36,7 +36,7 @@ class Engine(Protocol):
     """Calls of `start` that keep the device busy while the oldest result is awaited and used."""
 
     def start(self, pixels: np.ndarray) -> Callable[[], np.ndarray]:
-        """uint8 [n, S, S, 3] → a function that waits for the vectors, float32 [n, dim] of any length."""
+        """uint8 [n, S, S, channels] → a function that waits for the vectors, float32 [n, dim] of any length."""
 
 
 class Encoder:
@@ -46,22 +46,22 @@ class Encoder:
         self.model = model
         self.fingerprint = model.fingerprint
         self.dim = model.dim
-        self.fit = Fit(model.image_size, model.fit, model.crop_pct, model.interpolation)
+        self.fit = Fit(model.image_size, model.fit, model.crop_pct, model.interpolation, model.channels)
         """How `dinosearch.images.decode` makes the squares that this encoder takes."""
         self.engine = engine.name
         """For people, such as "OpenVINO bf16, 2 threads"."""
         self._engine = engine
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [n, S, S, 3], RGB → float32 [n, dim], each of unit length; n may be 0."""
+        """uint8 [n, S, S, channels] → float32 [n, dim], each of unit length; n may be 0. Three channels are RGB."""
         side = self.fit.image_size
         assert pixels.dtype == np.uint8
-        assert pixels.shape[1:] == (side, side, 3)
+        assert pixels.shape[1:] == (side, side, self.fit.channels)
         parts = [vectors for _, vectors in self.stream((None, one) for one in pixels)]
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
 
     def stream(self, pictures: Iterable[tuple[T, np.ndarray]]) -> Iterator[tuple[list[T], np.ndarray]]:
-        """(key, uint8 [S, S, 3]) one by one → batches of keys with their vectors, float32 [n, dim], in order.
+        """(key, uint8 [S, S, channels]) one by one → batches of keys with their vectors, float32 [n, dim], in order.
 
         Reads ahead no further than the engine needs to stay busy: at most `in_flight` + 1 batches are held.
         """

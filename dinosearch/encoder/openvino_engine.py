@@ -77,7 +77,7 @@ class OpenVINOEngine:
         self.name = f"OpenVINO {'int8' if precision == 'int8' else floating}, {n_cores()} thread{'s' * (n_cores() > 1)}"
 
     def start(self, pixels: np.ndarray) -> Callable[[], np.ndarray]:
-        """uint8 [n, S, S, 3] → a function that waits for float32 [n, dim]."""
+        """uint8 [n, S, S, channels] → a function that waits for float32 [n, dim]."""
         request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
         request.start_async({0: pixels})
 

@@ -27,7 +27,7 @@ from dinosearch.errors import DinosearchError
 from dinosearch.vit.folder import ModelFolder, Note
 
 Sample = Callable[[int], np.ndarray]
-"""Gives up to so many squares, uint8 [n, S, S, 3], spread over the images that are to be embedded."""
+"""Gives up to so many squares, uint8 [n, S, S, channels], spread over the images that are to be embedded."""
 
 LEAST_COSINE = 0.995
 """Mean cosine to fp32 below which int8 is refused: nearest neighbours change from there on."""
@@ -102,7 +102,7 @@ def _make(model: ModelFolder, sample: Sample | None, note: Note) -> Path:
             f"{model.name} has no int8 form yet, and nncf, which makes it, is not installed. "
             "Use --precision auto, or pip install 'dinosearch[int8]'"
         )
-    squares = sample(max(LEAST_SAMPLE, min(N_SAMPLE, _SAMPLE_BYTES // (3 * model.image_size**2))))
+    squares = sample(max(LEAST_SAMPLE, min(N_SAMPLE, _SAMPLE_BYTES // (model.channels * model.image_size**2))))
     if len(squares) < LEAST_SAMPLE:
         raise _NoForm(f"{len(squares)} new images are too few to make an int8 form from, which takes {LEAST_SAMPLE}")
     note(f"making the int8 form of {model.name}, once (takes about half a minute, larger models minutes)")

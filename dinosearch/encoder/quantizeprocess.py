@@ -8,7 +8,7 @@ from dinosearch.encoder.conversion import import_openvino
 
 
 def main(form: str, squares_path: str, into: str) -> None:
-    """Read the form in a folder and uint8 [n, S, S, 3] from an .npy, write `vit.xml` and `vit.bin` of the int8 form."""
+    """Read the form in a folder and uint8 [n, S, S, channels] from an .npy, write the int8 `vit.xml` and `.bin`."""
     openvino = import_openvino()  # first: nncf, too, reports itself unless openvino_telemetry cannot be imported
     import nncf
 

@@ -48,13 +48,13 @@ class TorchEngine:
         self._precision = torch.bfloat16 if in_bf16 else torch.float32
         model.verify()
         vit = model.load_vit()
-        skip_unread_tokens(vit, image_size=model.image_size)
+        skip_unread_tokens(vit, channels=model.channels, image_size=model.image_size)
         vit = vit.to(self._device, self._precision)
         mean = torch.tensor(model.mean, device=self._device) * 255
         scale = 1 / (torch.tensor(model.std, device=self._device) * 255)
 
         def embed(pixels: torch.Tensor) -> torch.Tensor:
-            normalised = (pixels.float() - mean) * scale  # [n, S, S, 3]
+            normalised = (pixels.float() - mean) * scale  # [n, S, S, channels]
             return vit(normalised.permute(0, 3, 1, 2).to(self._precision)).float()  # [n, dim]
 
         self.batch = max(1, min(MOST_PER_BATCH, PIXELS_PER_BATCH[self._device.type] // model.image_size**2))
@@ -73,7 +73,7 @@ class TorchEngine:
         self.name = ", ".join(words)
 
     def start(self, pixels: np.ndarray) -> Callable[[], np.ndarray]:
-        """uint8 [n, S, S, 3] → a function that waits for float32 [n, dim]."""
+        """uint8 [n, S, S, channels] → a function that waits for float32 [n, dim]."""
         n = len(pixels)
         with torch.inference_mode():
             if self._device.type != "cuda":

@@ -122,6 +122,8 @@ class Fit:
     """With "crop": share of the short side that is kept."""
     interpolation: str = "bicubic"
     """"bicubic", "bilinear" or "lanczos", always antialiased."""
+    channels: int = 3
+    """3 is RGB, whatever the file has; another number is that of a file's own bands or pages, as they are."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Picture:
     """A decoded image, ready for the model."""
 
     pixels: np.ndarray
-    """uint8 [S, S, 3], RGB, read-only."""
+    """uint8 [S, S, channels], three of them RGB, read-only."""
     width: int
     """Of the original, upright, in pixels."""
     height: int
@@ -160,6 +162,10 @@ def decode(data: bytes, fit: Fit, *, frame: int = 0, max_pixels: int | None = No
 
     `max_pixels` bounds width × height; None is the budget of a single worker. Raises BadImage.
     """
+    if fit.channels != 3:
+        from dinosearch.images.planes import decode_planes
+
+        return decode_planes(data, fit, max_pixels=max_pixels)
     return Frames(data, fit, max_pixels=max_pixels).picture(frame)
 
 
@@ -171,7 +177,7 @@ class Frames:
         self._data = data
         self._fit = fit
         self._max_pixels = max_pixels
-        self._image = _open(data, max_pixels)
+        self._image = open_image(data, max_pixels)
 
     def count(self) -> int:
         """How many frames or pages there are, at most MOST_FRAMES; 1 where they cannot be counted."""
@@ -189,13 +195,13 @@ class Frames:
             self._seek(frame)
         full_size = image.size
         box = None if frame else _draft(image, self._fit)
-        orientation = _load(image, self._data)
+        orientation = load_image(image, self._data)
         if box is None:
             full_size = image.size  # Pillow turns TIFFs while loading
             box = full_size
-        square = _square(_flatten(image), box, self._fit)
+        square = make_square(flatten(image), box, self._fit)
         # All boxes are centred, so turning the square is the same as turning the image, and far cheaper.
-        upright = _turn(square.convert("RGB"), orientation)
+        upright = turn(square.convert("RGB"), orientation)
         width, height = full_size if orientation < 5 else full_size[::-1]
         return Picture(np.asarray(upright), width, height)
 
@@ -203,17 +209,17 @@ class Frames:
         try:
             self._image.seek(frame)
         except PILLOW_ERRORS as error:
-            raise _bad(self._data, error) from error
+            raise bad_image(self._data, error) from error
         except Image.DecompressionBombError as error:
             raise BadImage("too-large", _first_line(error)) from error
-        _check_size(self._image, self._max_pixels)  # pages of a document have sizes of their own
+        check_size(self._image.size, self._max_pixels)  # pages of a document have sizes of their own
 
 
 def decode_rgb(data: bytes, *, max_pixels: int | None = None) -> Image.Image:
     """The whole image, upright, mode RGB. Raises BadImage."""
-    image = _open(data, max_pixels)
-    orientation = _load(image, data)
-    return _turn(_flatten(image).convert("RGB"), orientation)
+    image = open_image(data, max_pixels)
+    orientation = load_image(image, data)
+    return turn(flatten(image).convert("RGB"), orientation)
 
 
 @functools.cache
@@ -233,7 +239,7 @@ def pixel_budget(workers: int) -> int:
     return min(MOST_PIXELS, max(alone // workers, min(USUAL_PIXELS, alone)))
 
 
-def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
+def open_image(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
     """The image with its header read and nothing decoded.
 
     Calls Pillow's registered openers instead of `Image.open`, whose own limit is one global for the whole process.
@@ -245,16 +251,16 @@ def _open(data: bytes, max_pixels: int | None) -> ImageFile.ImageFile:
     try:
         image = factory(io.BytesIO(data), "")
     except PILLOW_ERRORS as error:
-        raise _bad(data, error) from error
+        raise bad_image(data, error) from error
     except Image.DecompressionBombError as error:
         raise BadImage("too-large", _first_line(error)) from error
-    _check_size(image, max_pixels)
+    check_size(image.size, max_pixels)
     return image
 
 
-def _check_size(image: Image.Image, max_pixels: int | None) -> None:
+def check_size(size: tuple[int, int], max_pixels: int | None) -> None:
     allowed = pixel_budget(1) if max_pixels is None else max_pixels
-    width, height = image.size
+    width, height = size
     if width * height > allowed:
         raise BadImage("too-large", f"{width} × {height} pixels; at most {allowed / 1e6:.0f} million are decoded here")
 
@@ -317,12 +323,12 @@ def _kept(fit: Fit) -> float:
     return fit.crop_pct if fit.mode == "crop" else 1.0
 
 
-def _load(image: ImageFile.ImageFile, data: bytes) -> int:
+def load_image(image: ImageFile.ImageFile, data: bytes) -> int:
     """Decode in place; the EXIF orientation that remains to be undone, 1 to 8."""
     try:
         image.load()
     except PILLOW_ERRORS as error:
-        raise _bad(data, error) from error
+        raise bad_image(data, error) from error
     except Image.DecompressionBombError as error:
         raise BadImage("too-large", _first_line(error)) from error
     try:
@@ -332,13 +338,13 @@ def _load(image: ImageFile.ImageFile, data: bytes) -> int:
     return orientation if orientation in UPRIGHT else 1
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def flatten(image: Image.Image) -> Image.Image:
     """Any mode → "RGB" or "L" (the same, three times cheaper to resample), transparency laid on white."""
     if image.mode in ("RGB", "L") and "transparency" not in image.info:
         return image
     try:
         if image.mode in FULL_RANGES:
-            return Image.fromarray(_to_8_bit(np.asarray(image), FULL_RANGES[image.mode]))
+            return Image.fromarray(to_8_bit(np.asarray(image), FULL_RANGES[image.mode]))
         if image.has_transparency_data:
             rgba = image.convert("RGBA")
             white = Image.new("RGB", image.size, "white")
@@ -351,7 +357,7 @@ def _flatten(image: Image.Image) -> Image.Image:
         raise BadImage("unsupported", f"pixels of mode {image.mode} ({_first_line(error)})") from error
 
 
-def _to_8_bit(values: np.ndarray, ranges: tuple[tuple[float, float], ...]) -> np.ndarray:
+def to_8_bit(values: np.ndarray, ranges: tuple[tuple[float, float], ...]) -> np.ndarray:
     """uint8, scaled from the first of `ranges` that holds every value, else from the values' own range."""
     values = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
     bottom, top = float(values.min()), float(values.max())
@@ -360,7 +366,7 @@ def _to_8_bit(values: np.ndarray, ranges: tuple[tuple[float, float], ...]) -> np
     return np.rint(scaled).astype(np.uint8)
 
 
-def _square(image: Image.Image, size: tuple[float, float], fit: Fit) -> Image.Image:
+def make_square(image: Image.Image, size: tuple[float, float], fit: Fit) -> Image.Image:
     """[S, S] from the whole image, whose size in (perhaps fractional) pixels is `size`."""
     width, height = size
     target = fit.image_size
@@ -379,11 +385,11 @@ def _square(image: Image.Image, size: tuple[float, float], fit: Fit) -> Image.Im
     return image.resize((target, target), resample, box=(x, y, width - x, height - y))
 
 
-def _turn(image: Image.Image, orientation: int) -> Image.Image:
+def turn(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def _bad(data: bytes, error: BaseException) -> BadImage:
+def bad_image(data: bytes, error: BaseException) -> BadImage:
     if isinstance(error, MemoryError):
         return BadImage("too-large", "not enough memory to decode it")
     reason = _first_line(error)

@@ -1,8 +1,8 @@
 """What a decoding process does: read, hash and decode one file after the other for the process at its pipe's end.
 
 It ends when the pipe does. A request and a reply are each a JSON object and some bytes, with their lengths before them.
-Requests: read (bytes: a path) and take (bytes: a file's content), answered by hash, size and mtime_ns; decode (frame,
-count), answered by width, height, n_frames and the pixels as bytes. Any may be answered by a status and a reason.
+Requests: read (bytes: a path) and take (bytes: a file's content), answered by hash, size and mtime_ns; decode (fit,
+frame, count), answered by width, height, n_frames and the pixels as bytes. Any may be answered by a status and reason.
 """
 
 import json
@@ -15,7 +15,7 @@ import warnings
 from io import FileIO
 from typing import Any
 
-from dinosearch.images.decode import BadImage, Fit, Frames, content_hash
+from dinosearch.images.decode import BadImage, Fit, Frames, content_hash, decode
 from dinosearch.images.read import read_stable
 from dinosearch.images.source import StableBytes
 
@@ -79,7 +79,6 @@ class _File:
     """The file at hand."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self._fit = Fit(**job["fit"])
         self._max_pixels = job["max_pixels"]
         self._algorithm = job["algorithm"]
         self._data = b""
@@ -90,7 +89,7 @@ class _File:
         if request["do"] == "start":
             return {}, nothing
         if request["do"] == "decode":
-            return self._decode(request["frame"], request["count"])
+            return self._decode(Fit(**request["fit"]), request["frame"], request["count"])
         self._data, self._frames = b"", None  # before the next is read: memory never holds two
         read = request["do"] == "read"
         stable = read_stable(os.fsdecode(bytes(payload))) if read else StableBytes(bytes(payload), 0)
@@ -98,9 +97,13 @@ class _File:
         size, content = len(stable.data), content_hash(stable.data, self._algorithm)
         return {"hash": content, "size": size, "mtime_ns": stable.mtime_ns}, nothing
 
-    def _decode(self, frame: int, count: bool) -> tuple[dict[str, Any], memoryview]:
+    def _decode(self, fit: Fit, frame: int, count: bool) -> tuple[dict[str, Any], memoryview]:
+        if fit.channels != 3:  # its pages are channels, not pictures of their own
+            picture = decode(self._data, fit, max_pixels=self._max_pixels)
+            facts = {"width": picture.width, "height": picture.height, "n_frames": 1}
+            return facts, picture.pixels.data.cast("B")
         if self._frames is None:
-            self._frames = Frames(self._data, self._fit, max_pixels=self._max_pixels)
+            self._frames = Frames(self._data, fit, max_pixels=self._max_pixels)
         n_frames = self._frames.count() if count else 1
         picture = self._frames.picture(frame)
         facts = {"width": picture.width, "height": picture.height, "n_frames": n_frames}

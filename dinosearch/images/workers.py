@@ -68,14 +68,13 @@ class DecodePool:
         seconds: float = SECONDS,
     ) -> None:
         self._job = {
-            "fit": asdict(fit),
             "max_pixels": max_pixels,
             "algorithm": algorithm,
             "seconds": seconds,
             "memory": max_pixels * BYTES_PER_PIXEL + _SPARE_BYTES + n_cores() * _BYTES_PER_THREAD,
         }
         self._seconds = seconds
-        self._side = fit.image_size
+        self.make(fit)
         self._free = threading.BoundedSemaphore(workers)
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
@@ -84,6 +83,11 @@ class DecodePool:
         self._watchdog: threading.Thread | None = None
         self.times = WorkerTimes()
         """Only ever replaced as a whole, so it can be read at any time."""
+
+    def make(self, fit: Fit) -> None:
+        """From now on, make such squares. Not while a file is open."""
+        self._fit = fit
+        self._fit_facts = asdict(fit)
 
     @contextmanager
     def read(self, path: str) -> Iterator[OpenFile]:
@@ -218,7 +222,7 @@ class OpenFile:
         self._held = True
 
     def _decode(self, frame: int, count: bool) -> tuple[Picture, int]:
-        request = {"do": "decode", "frame": frame, "count": count}
+        request = {"do": "decode", "fit": self._pool._fit_facts, "frame": frame, "count": count}
 
         def ask() -> tuple[dict[str, Any], bytearray]:
             if not self._held:
@@ -227,8 +231,8 @@ class OpenFile:
 
         reply, pixels = self._twice(ask)
         self._pool._count(decoding=reply["seconds"])
-        side = self._pool._side
-        square = np.frombuffer(pixels, np.uint8).reshape(side, side, 3)
+        fit = self._pool._fit
+        square = np.frombuffer(pixels, np.uint8).reshape(fit.image_size, fit.image_size, fit.channels)
         return Picture(square, reply["width"], reply["height"]), reply["n_frames"]
 
     def _twice(self, step: Callable[[], Answer]) -> Answer:

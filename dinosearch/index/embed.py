@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,13 +22,12 @@ import numpy as np
 from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BadImage, Fit
 from dinosearch.images.read import in_threads
-from dinosearch.images.source import StableBytes
-from dinosearch.images.workers import DecodePool, OpenFile
+from dinosearch.images.reading import Reading, bytes_held, readings
+from dinosearch.images.workers import DecodePool
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.compare import Wanted
 from dinosearch.index.limits import Limits
 from dinosearch.index.pace import Pace
-from dinosearch.index.reading import Reading, readings
 from dinosearch.index.rows import OK, UNREADABLE, Content, FileRow
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ class _File:
     row: FileRow
     states: list[Content | None] = field(default_factory=list)
     """Of its frames; None where the vector is under way. Empty if a copy of the same content is."""
-    reading: Reading | None = None
+    reading: Reading[Wanted] | None = None
     """How to read it again, where it has further frames."""
 
     @property
@@ -100,7 +98,7 @@ class Embedding:
         self._catalog = catalog
         self._fingerprint = model.fingerprint
         self._dim = model.dim
-        self._fit = Fit(model.image_size, mode=model.fit, crop_pct=model.crop_pct, interpolation=model.interpolation)
+        self._fit = Fit(model.image_size, model.fit, model.crop_pct, model.interpolation, model.channels)
         self._encoder_for = encoder_for
         self._encoder: Encoder | None = None
         self._wanted: Sequence[Wanted] = ()
@@ -151,13 +149,14 @@ class Embedding:
         self._began = self._saved = time.monotonic()
         self._wanted = wanted
         workers = self._limits.workers
-        ahead = max(2 * workers, min(16 * workers, self._limits.ahead_bytes // (3 * self._fit.image_size**2)))
+        square = self._fit.channels * self._fit.image_size**2
+        ahead = max(2 * workers, min(16 * workers, self._limits.ahead_bytes // square))
         results = in_threads(
             self._read,
             readings(wanted),
             workers=workers,
             ahead=ahead,
-            weight=_bytes_held,
+            weight=bytes_held,
             most_weight=self._limits.ahead_bytes,
         )
         assert isinstance(results, Generator)
@@ -176,7 +175,7 @@ class Embedding:
             results.close()
             self._save()
 
-    def _read(self, reading: Reading) -> tuple[_File, np.ndarray | None]:
+    def _read(self, reading: Reading[Wanted]) -> tuple[_File, np.ndarray | None]:
         """A file and its first square, if that is wanted. Runs in a reader thread."""
         wanted, found = reading.wanted, reading.wanted.found
         row = FileRow(
@@ -185,7 +184,7 @@ class Embedding:
         )  # fmt: skip
         file = _File(wanted, row)
         try:
-            with self._opened(reading) as opened:
+            with reading.opened(self._pool) as opened:
                 file.row = row = replace(
                     row, size=opened.size, mtime_ns=opened.mtime_ns, content_hash=opened.content_hash
                 )
@@ -204,20 +203,6 @@ class Embedding:
         file.states = [None] * n_frames
         file.reading = reading if n_frames > 1 else None
         return file, picture.pixels
-
-    @contextmanager
-    def _opened(self, reading: Reading) -> Iterator[OpenFile]:
-        """The file in a decoding process, which reads local ones itself. Raises BadImage."""
-        wanted = reading.wanted
-        path = wanted.source.file_path(wanted.found) if reading.streamed is None else None
-        if path is not None:
-            with self._pool.read(path) as opened:
-                yield opened
-            return
-        stable = reading.stable_bytes()
-        with self._pool.take(stable.data) as opened:
-            opened.mtime_ns = stable.mtime_ns
-            yield opened
 
     def _known(self, file: _File) -> list[Content] | None:
         """The states of all frames that are wanted, if none needs work."""
@@ -258,9 +243,9 @@ class Embedding:
         chosen = random.Random(0).sample(alone, min(n, len(alone)))
         chosen += [wanted for wanted in self._wanted if wanted.source.sequential][: n - len(chosen)]
 
-        def square_of(reading: Reading) -> np.ndarray | None:
+        def square_of(reading: Reading[Wanted]) -> np.ndarray | None:
             try:
-                with self._opened(reading) as opened:
+                with reading.opened(self._pool) as opened:
                     return opened.decode().pixels
             except BadImage:
                 return None
@@ -272,7 +257,7 @@ class Embedding:
             if square is not None
         ]
         side = self._fit.image_size
-        return np.stack(squares) if squares else np.empty((0, side, side, 3), np.uint8)
+        return np.stack(squares) if squares else np.empty((0, side, side, self._fit.channels), np.uint8)
 
     def _squares(
         self, file: _File, pixels: np.ndarray | None, files: Iterator[tuple[_File, np.ndarray | None]]
@@ -296,7 +281,7 @@ class Embedding:
         reading, file.reading = file.reading, None
         number = 1
         try:
-            with self._opened(reading) as opened:
+            with reading.opened(self._pool) as opened:
                 if opened.content_hash != file.row.content_hash:
                     raise BadImage(UNREADABLE, "it changed while it was read")
                 for number in range(1, len(file.states)):
@@ -372,8 +357,3 @@ class Embedding:
             self._catalog.commit()
         self._n_unsaved = 0
         self._saved = self._ended = time.monotonic()
-
-
-def _bytes_held(reading: Reading) -> int:
-    """What waits in memory with it: only sources that stream have been read already."""
-    return len(reading.streamed.data) if isinstance(reading.streamed, StableBytes) else 0

@@ -28,10 +28,13 @@ class Limits:
     max_pixels: int
     """Of one image; more is "too-large"."""
     ahead_bytes: int = _AHEAD_BYTES
+    channels: int = 3
+    """Of the model: a file that is bad for one number may be good for another."""
 
     def decoder_keys(self) -> DecoderKeys:
         """What bad files are remembered with."""
-        return DecoderKeys(decoders(), f"{decoders()}, at most {self.max_pixels} pixels")
+        known = decoders() if self.channels == 3 else f"{decoders()}, {self.channels} channels"
+        return DecoderKeys(known, f"{known}, at most {self.max_pixels} pixels")
 
 
 def limits_for(model: ModelFolder, *, workers: int, max_memory: int | None = None) -> Limits:
@@ -40,7 +43,7 @@ def limits_for(model: ModelFolder, *, workers: int, max_memory: int | None = Non
     Without `max_memory` half of the machine's is what images may take. Raises UsageError if it is too little at all.
     """
     if max_memory is None:
-        return Limits(workers, pixel_budget(workers))
+        return Limits(workers, pixel_budget(workers), channels=model.channels)
     weights = model.weights_path.stat().st_size if model.weights_path.is_file() else 0
     base = _BASE_BYTES + 3 * weights // 2
     free = max_memory - base
@@ -54,4 +57,4 @@ def limits_for(model: ModelFolder, *, workers: int, max_memory: int | None = Non
     ahead = min(_AHEAD_BYTES, free // 4)
     workers = max(1, min(workers, (free - ahead) // per_worker))
     pixels = ((free - ahead) // workers - _PROCESS_BYTES) // BYTES_PER_PIXEL
-    return Limits(workers, min(pixels, MOST_PIXELS, pixel_budget(workers)), ahead)
+    return Limits(workers, min(pixels, MOST_PIXELS, pixel_budget(workers)), ahead, model.channels)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dinosearch.errors import DinosearchError, IndexNotFound, UsageError
 from dinosearch.images.source import Source
+from dinosearch.images.sources import base_name
 from dinosearch.index.catalog import Catalog, is_index
 
 
@@ -62,7 +63,7 @@ def index_for(sources: Sequence[Source], *, name: str | None, indexes: Path, sha
         with Catalog.open(path) as catalog:
             if catalog.shard() == shard and locations <= {root.location for root in catalog.roots().values()}:
                 return path
-    base = _base_name(sources[0]) + (f"-shard-{shard.replace('/', '-of-')}" if shard else "")
+    base = base_name(sources[0]) + (f"-shard-{shard.replace('/', '-of-')}" if shard else "")
     path, number = indexes / base, 2
     while path.exists() and not _begun(path):
         path, number = indexes / f"{base}-{number}", number + 1
@@ -86,16 +87,6 @@ def _folder_entries(indexes: Path) -> list[Path]:
             f"the indexes in {indexes} cannot be listed ({error.strerror}). Check its permissions, or let "
             "DINOSEARCH_INDEXES name another folder"
         ) from error
-
-
-def _base_name(source: Source) -> str:
-    """Last part of the location that is no pattern, without what makes a file's name end."""
-    parts = [part for part in re.split(r"[/\\]", source.location) if part and not re.search(r"[*?\[]", part)]
-    base = parts[-1] if parts else ""
-    if source.kind in ("archive", "list", "table"):
-        base = base.partition(".")[0]
-    base = re.sub(r"[\x00-\x1f]", "", base).lstrip(".") or "images"
-    return os.fsencode(base).decode("utf-8", "replace")
 
 
 def _begun(path: Path) -> bool:

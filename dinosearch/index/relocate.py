@@ -13,12 +13,12 @@ from pathlib import Path
 
 from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.images.decode import BadImage, content_hash
+from dinosearch.images.reading import readings
 from dinosearch.images.source import FoundImage, Source
 from dinosearch.images.sources import known_source
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.compare import MAX_GONE, Wanted
 from dinosearch.index.lock import writer_lock
-from dinosearch.index.reading import readings
 from dinosearch.index.rows import Root, StoredFile
 from dinosearch.index.survey import refuse_overlap
 

@@ -24,6 +24,7 @@ from dinosearch.images.decode import BadImage, content_hash
 from dinosearch.images.machine import n_cores
 from dinosearch.images.names import passed_over_test
 from dinosearch.images.read import in_threads
+from dinosearch.images.reading import Reading, readings
 from dinosearch.images.source import FoundImage, Source
 from dinosearch.images.sources import known_source
 from dinosearch.index import generation
@@ -32,7 +33,6 @@ from dinosearch.index.compare import Changes, DecoderKeys, View, Wanted, compare
 from dinosearch.index.embed import Embedding, EncoderPlan
 from dinosearch.index.limits import limits_for
 from dinosearch.index.lock import writer_lock
-from dinosearch.index.reading import Reading, readings
 from dinosearch.index.rows import OK, FileRow, Root, StoredFile
 from dinosearch.index.survey import GivenOptions, Shard, Survey, refuse_overlap, say_options, survey
 
@@ -321,7 +321,7 @@ def _match_moves(changes: Changes, algorithm: str, workers: int) -> Generator[Sy
     times: dict[Wanted, int] = {}
     shown = time.monotonic()
 
-    def hash_of(reading: Reading) -> tuple[Wanted, str, int]:
+    def hash_of(reading: Reading[Wanted]) -> tuple[Wanted, str, int]:
         try:
             stable = reading.stable_bytes()
         except BadImage:

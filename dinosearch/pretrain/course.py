@@ -134,7 +134,9 @@ class Course:
         while step < self.plan.total_steps and not stopped:
             chosen = batch_indices(step, n=len(self.bank), batch_size=batch, seed=self.run.seed)
             done = step / self.plan.total_steps
-            outcome = self.run.step(self.bank.pixels[chosen], self.bank.aspect[chosen], step=step, done=done)
+            pixels, aspect = self.bank.take(chosen)
+            self.bank.expect(batch_indices(step + 1, n=len(self.bank), batch_size=batch, seed=self.run.seed))
+            outcome = self.run.step(pixels, aspect, step=step, done=done)
             self._losses.append(outcome.loss)
             step += 1
             n_made += 1

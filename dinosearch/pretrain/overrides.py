@@ -19,7 +19,7 @@ RENAMED = {"n_local": "local_crops"}
 FOLLOWS_IMAGE_SIZE = "global_size"
 """The one setting that another decides."""
 LIMITS = {
-    **dict.fromkeys(("patch_size", "image_size", "local_size"), (1, math.inf)),
+    **dict.fromkeys(("patch_size", "image_size", "local_size", "channels"), (1, math.inf)),
     **dict.fromkeys(("batch_size", "out_dim", "head_hidden_dim", "head_bottleneck_dim"), (2, math.inf)),
     **dict.fromkeys(("flip", "grayscale", "blur", "solarize", "jitter"), (0, 1)),
     **dict.fromkeys(
@@ -114,6 +114,8 @@ def _as_kind(value: Any, kind: Any, *, where: str) -> Any:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict and isinstance(value, dict):
         return value
+    if origin is tuple and parts[-1] is Ellipsis and isinstance(value, list | tuple):
+        parts = (parts[0],) * len(value)
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(parts):
         return tuple(_as_kind(item, part, where=where) for item, part in zip(value, parts, strict=True))
     wanted = f"{len(parts)} numbers, such as [1, 0.1]" if origin is tuple else _WANTED.get(kind, "a table")

@@ -37,6 +37,8 @@ class Recipe:
     """Side of the global crops, and later of indexed images, in pixels."""
     patch_size: int
     """Side of a patch in pixels."""
+    channels: int = 3
+    """Of the images: 3 is RGB, others are the bands or pages of multi-channel files."""
     views: ViewSettings = field(default_factory=ViewSettings)
     """The crops and their distortions."""
     method: str = "dino"
@@ -170,6 +172,7 @@ def plan_recipe(
     n_local = decide(
         "local_crops", *((8, "as in DINO") if accelerator else (4, "half of DINO's: a CPU sees more images"))
     )
+    channels, mean, std = _channels(survey, choices)
     batch_size = decide("batch_size", *_batch_size(survey.n_images, accelerator))
     if not 2 <= batch_size <= survey.n_images:
         raise UsageError(
@@ -184,6 +187,8 @@ def plan_recipe(
     arch_kwargs: dict[str, Any] = {"img_size": image_size}
     if patch_size != native_patch:
         arch_kwargs["patch_size"] = patch_size
+    if channels != 3:
+        arch_kwargs["in_chans"] = channels
     small = not by_name and not (accelerator and image_size >= 96)
     sizes = dict(arch_kwargs)
     if not by_name:
@@ -201,7 +206,8 @@ def plan_recipe(
         arch_kwargs=arch_kwargs,
         image_size=image_size,
         patch_size=patch_size,
-        views=ViewSettings(global_size=image_size, local_size=local_size, n_local=n_local),
+        channels=channels,
+        views=ViewSettings(global_size=image_size, local_size=local_size, n_local=n_local, mean=mean, std=std),
         method=method,
         batch_size=batch_size,
         out_dim=out_dim,
@@ -255,6 +261,21 @@ def _with_the_rest(recipe: Recipe, choices: "_Choices") -> Recipe:
     of_views = {f.name for f in fields(ViewSettings)}
     views = replace(recipe.views, **{name: value for name, value in rest.items() if name in of_views})
     return replace(recipe, views=views, **{name: value for name, value in rest.items() if name not in of_views})
+
+
+def _channels(survey: Survey, choices: "_Choices") -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Their number, mean and std: ImageNet's for RGB, else what the images have."""
+    if "channels" not in choices.given or choices.given["channels"] == 3:
+        views = ViewSettings()
+        n, mean, std = 3, views.mean, views.std
+    else:
+        n = choices.decide("channels", None, "")
+        mean = choices.decide("mean", survey.mean, "measured, per channel")
+        std = choices.decide("std", survey.std, "measured, per channel")
+    for name in ("mean", "std"):
+        if len(choices.given.get(name, mean)) != n:
+            raise UsageError(f"{name} {choices.given[name]} does not go with {n} channels: give {n} numbers")
+    return n, mean, std
 
 
 OWN = "the architecture's own"

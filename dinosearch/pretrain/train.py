@@ -4,9 +4,9 @@
 state that a resumed process would lack: a run that was interrupted ends with the tensors of one that was not.
 """
 
-import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,17 +15,23 @@ from typing import Any
 
 import torch
 
-from dinosearch.errors import DinosearchError, UsageError
-from dinosearch.images import compiler_present, find_images, n_cores
+from dinosearch.errors import DinosearchError, Interrupted, UsageError
+from dinosearch.images import compiler_present, n_cores
+from dinosearch.images.source import ScanOptions
+from dinosearch.images.sources import base_name, open_sources
+from dinosearch.images.workers import DecodePool
 from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
 from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
 from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
+from dinosearch.pretrain.gather import decode_pool, gather_images, images_digest
 from dinosearch.pretrain.plan import UNBOUNDED, Plan, plan_length
 from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts
 from dinosearch.pretrain.run import Run
 from dinosearch.vit.folder import Note, free_name, quiet, remove_model
 
+FAILED = "failed.jsonl"
+"""Lists the images that were left out, in the run's folder."""
 BANK_MARGIN = 8 / 7
 """Squares are kept this much larger than the crops made of them, if the images have the pixels (256 for 224)."""
 
@@ -34,8 +40,8 @@ BANK_MARGIN = 8 / 7
 class TrainConfig:
     """What the user asked for. None leaves a choice to the recipe."""
 
-    images: tuple[Path, ...]
-    """Folders, searched recursively."""
+    images: tuple[str | Path, ...]
+    """Folders, searched recursively, and whatever else `dinosearch.images.sources.open_source` takes."""
     models: Path = Path("models")
     """Where the model's folder is made."""
     name: str | None = None
@@ -56,6 +62,12 @@ class TrainConfig:
     """Go on with the run of this name from its last checkpoint."""
     overwrite: bool = False
     """Replace a model of this name."""
+    exclude: tuple[str, ...] = ()
+    """Patterns as in .gitignore, of images to pass over."""
+    include_hidden: bool = False
+    """Take names that begin with a dot too."""
+    cache_bytes: int | None = None
+    """What decoded images may take, in memory or on disk; None is what there is of either."""
     strict: bool = False
     """Stop at the first sign of collapse or divergence, instead of going back and changing settings."""
     checkpoint_every: float = 30.0
@@ -67,19 +79,25 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
 
     Raises DinosearchError: no images, a taken name, sizes that do not fit, a run that goes wrong whatever is changed.
     """
+    with decode_pool() as pool:
+        yield from _train(config, pool, note=note, stop=stop)
+
+
+def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[[], bool]) -> Iterator[Progress]:
     began = time.monotonic()
     device = choose_device(config.device)
     torch.set_num_threads(min(torch.get_num_threads(), n_cores()))  # a container's quota, not the host's cores
     _check(config)
-    paths = _find(config.images)
     folder = _folder_for(config)
     checkpoint = last_checkpoint(folder / "training", note=note) if config.resume else None
     kept = checkpoint.facts if checkpoint else None
     if config.resume and kept is None:
         note(f"{folder} has no checkpoint yet: starting over")
-    digest = _digest(paths)
+    options = _scan_options(config, kept or {})
+    images = gather_images(_specs(config), options, note=note)
+    digest = images_digest(images)
     if kept is None:
-        survey = survey_images(paths)
+        survey = survey_images(images, pool, channels=config.overrides.get("channels") or 3)
         recipe, reasons = plan_recipe(
             survey,
             accelerator=device.type != "cpu",
@@ -103,20 +121,36 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
     (folder / "training").mkdir(parents=True, exist_ok=True)
     note(f"model: {folder}, on {describe_device(device)}")
     if config.steps == 0:
-        facts = _trained(config, recipe, seed=seed, n_images=len(paths)) | {"method": "none", "steps": 0}
+        facts = _trained(config, recipe, seed=seed, n_images=len(images)) | {"method": "none", "steps": 0}
         model = run.export(folder, trained=facts)
         write_card(model)
         yield Progress("done", 0, 0, report=report_on(model, facts, seconds=time.monotonic() - began))
         return
 
-    bank = ImageBank(paths, side=side, grey=grey, folder=folder / "training")
+    bank = ImageBank(
+        images,
+        pool,
+        side=side,
+        grey=grey,
+        channels=recipe.channels,
+        folder=folder / "training",
+        limit=config.cache_bytes,
+    )
+    note(f"cache: {bank}")
     for n_read in bank.read():
-        yield Progress("reading", n_read, len(paths))
-        if stop():
-            break
+        yield Progress("reading", n_read, len(images))
+        if stop() and n_read < len(images):
+            if kept is not None:
+                raise Interrupted(f"stopped while reading: {folder} is as it was, --resume goes on from there")
+            shutil.rmtree(folder)
+            raise Interrupted("stopped before anything was learnt: there is nothing to save")
+    bank.write_failed(folder / "training" / FAILED)
     if bank.failed:
-        path, reason = bank.failed[0]
-        note(f"{len(bank.failed)} of {len(paths)} files are left out, such as {path} ({reason})")
+        path, bad = bank.failed[0]
+        note(
+            f"{len(bank.failed)} of {len(images)} images are left out, such as {path} ({bad}); "
+            f"all are listed in {folder / 'training' / FAILED}"
+        )
     if len(bank) < recipe.batch_size:
         raise UsageError(f"only {len(bank)} images can be read: choose --batch-size {len(bank)} or less")
     steps_per_epoch = len(bank) // recipe.batch_size
@@ -151,9 +185,11 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
             "grey": grey,
             "side": side,
             "images_digest": digest,
+            "exclude": options.exclude,
+            "include_hidden": options.include_hidden,
             "asked": _asked(config) if kept is None else kept["asked"],
         },
-        trained=_trained(config, recipe, seed=seed, n_images=len(bank)),
+        trained=_trained(config, recipe, seed=seed, n_images=len(bank), n_failed=len(bank.failed)),
         note=note,
         checkpoint=checkpoint,
     )
@@ -192,11 +228,16 @@ def _check(config: TrainConfig) -> None:
         raise UsageError("--resume goes on and --overwrite starts over: choose one")
 
 
-def _find(folders: tuple[Path, ...]) -> list[Path]:
-    paths = [folder / image.path for folder in folders for image in find_images(folder).images]
-    if not paths:
-        raise DinosearchError(f"no images in {', '.join(map(str, folders))}. Name a folder that holds some")
-    return paths
+def _specs(config: TrainConfig) -> list[str]:
+    return [str(spec) for spec in config.images]
+
+
+def _scan_options(config: TrainConfig, kept: Mapping[str, Any]) -> ScanOptions:
+    """What of the sources counts; a resumed run remembers it."""
+    return ScanOptions(
+        exclude=config.exclude or tuple(kept.get("exclude", ())),
+        include_hidden=config.include_hidden or kept.get("include_hidden", False),
+    )
 
 
 def _folder_for(config: TrainConfig) -> Path:
@@ -208,13 +249,13 @@ def _folder_for(config: TrainConfig) -> Path:
         if folder.exists() and not (config.resume or config.overwrite):
             raise UsageError(f"{folder} exists. Choose another --name, or --resume it, or --overwrite it")
         return folder
-    base = config.images[0].resolve().name
     if config.resume:
         begun = list(config.models.glob(f"*/training/{PATTERN}"))
         if not begun:
             raise DinosearchError(f"no run in {config.models}/ has a checkpoint. Leave --resume out")
         return max(begun, key=lambda path: path.stat().st_mtime_ns).parent.parent
-    return config.models / free_name(base, config.models)
+    [first, *_] = open_sources(_specs(config))
+    return config.models / free_name(base_name(first), config.models)
 
 
 def _refuse_other_settings(kept: Mapping[str, Any], config: TrainConfig, *, digest: str, folder: Path) -> None:
@@ -237,14 +278,6 @@ def _asked(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(limits | {"seed": config.seed or None} | dict(config.overrides)))
 
 
-def _digest(paths: list[Path]) -> str:
-    """Over names and sizes of all files: cheap, and enough to notice that a run would see other images."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        digest.update(f"{path.name}\0{path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
 def _bank_side(recipe: Recipe, survey: Survey) -> int:
     wanted = max(8, 8 * round(recipe.image_size * BANK_MARGIN / 8))
     return max(recipe.image_size, min(wanted, min(survey.width, survey.height)))
@@ -257,11 +290,12 @@ def _tell(reasons: list[Reason], note: Note) -> None:
         note(f"  {reason.name:<{width}}  {reason.value:<{value_width}}  {reason.why}")
 
 
-def _trained(config: TrainConfig, recipe: Recipe, *, seed: int, n_images: int) -> dict[str, Any]:
+def _trained(config: TrainConfig, recipe: Recipe, *, seed: int, n_images: int, n_failed: int = 0) -> dict[str, Any]:
     return {
         "method": recipe.method,
-        "data": [str(folder) for folder in config.images],
+        "data": _specs(config),
         "images": n_images,
+        "failed": n_failed,
         "seed": seed,
         "recipe": recipe.facts(),
     }

@@ -50,8 +50,8 @@ class ViewSettings:
     """Standard deviation of the blur in pixels of a 224-pixel crop; smaller crops get proportionally less."""
     solarize: tuple[float, float, float] = (0.0, 0.2, 0.0)
     """Probability of solarizing: first global, second global, local crops."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
 def multi_crop(
@@ -59,10 +59,10 @@ def multi_crop(
 ) -> tuple[Tensor, Tensor]:
     """Two global and n local crops of every image.
 
-    pixels: uint8 [batch, channels, side, side], images squeezed into squares, 1 (grey) or 3 channels.
+    pixels: uint8 [batch, channels, side, side], images squeezed into squares; 1 channel (grey) goes for all.
     aspect: float [batch], width / height of the images before that. generator: a CPU generator, on every device, so
     that equal seeds give equal crops everywhere.
-    Returns normalised float32 [2, batch, 3, global_size, global_size] and [n_local, batch, 3, local_size, local_size].
+    Returns normalised float32 [2, batch, channels, global_size, global_size] and [n_local, batch, …, local_size].
     """
     images = pixels.float() / 255.0
     views = []
@@ -78,7 +78,7 @@ def multi_crop(
         view = blur(view, settings.blur[kind], settings.blur_sigma, generator=generator)
         view = solarize(view, settings.solarize[kind], generator=generator)
         views.append(normalise(view, settings.mean, settings.std))
-    empty = images.new_empty(0, len(images), 3, settings.local_size, settings.local_size)
+    empty = images.new_empty(0, len(images), len(settings.mean), settings.local_size, settings.local_size)
     return torch.stack(views[:2]), torch.stack(views[2:]) if settings.n_local else empty
 
 
@@ -135,13 +135,18 @@ def resampling_matrix(start: Tensor, length: Tensor, *, source: int, size: int) 
 
 
 def distort_colours(images: Tensor, settings: ViewSettings, *, generator: torch.Generator) -> Tensor:
-    """Colour jitter and grayscale on [n, c, h, w] in 0..1. Grey images (c = 1) have no saturation and hue to change."""
+    """Colour jitter and grayscale on [n, c, h, w] in 0..1. Grey images (c = 1) have no saturation and hue to change.
+
+    Channels that are no colours (c other than 1 and 3) are each given a brightness and a contrast of their own: nothing
+    ties the stains or bands of an image together as light ties red, green and blue.
+    """
     n, channels = images.shape[:2]
+    alone = channels if channels not in (1, 3) else 1
     chosen = _draw(n, generator) < settings.jitter
 
     def factor(strength: float) -> Tensor:
-        drawn = 1 + strength * (2 * _draw(n, generator) - 1)
-        return torch.where(chosen, drawn, 1.0).to(images.device)[:, None, None, None]
+        drawn = 1 + strength * (2 * _draw((n, alone), generator) - 1)
+        return torch.where(chosen[:, None], drawn, 1.0).to(images.device)[:, :, None, None]
 
     brightness, contrast, saturation = (
         factor(strength) for strength in (settings.brightness, settings.contrast, settings.saturation)
@@ -151,7 +156,7 @@ def distort_colours(images: Tensor, settings: ViewSettings, *, generator: torch.
         if operation == 0:
             images = (images * brightness).clamp(0, 1)
         elif operation == 1:
-            mean = luma(images).mean(dim=(1, 2, 3), keepdim=True)
+            mean = (luma(images) if alone == 1 else images).mean(dim=(2, 3), keepdim=True)
             images = torch.lerp(mean, images, contrast).clamp(0, 1)
         elif operation == 2 and channels == 3:
             images = torch.lerp(luma(images).expand_as(images), images, saturation).clamp(0, 1)
@@ -215,7 +220,7 @@ def solarize(images: Tensor, probability: float, *, generator: torch.Generator) 
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """[n, 1 or 3, h, w] in 0..1 → [n, 3, h, w] as the model expects them."""
+    """[n, 1 or channels, h, w] in 0..1 → [n, channels, h, w] as the model expects them."""
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
 

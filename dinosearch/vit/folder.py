@@ -53,12 +53,17 @@ class ModelFacts:
     """With "crop": share of the short side that is kept; 1.0 keeps all of it."""
     interpolation: str = "bicubic"
     """Resampling filter: "bicubic", "bilinear" or "lanczos", antialiased."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Subtracted from pixels scaled to 0..1, per RGB channel."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Divides what is left, per RGB channel."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Subtracted from pixels scaled to 0..1, per channel: three are RGB, others the bands or pages of a file."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Divides what is left, per channel."""
     pooling: str = "token"
     """What becomes the vector: "token" (class token) or "avg" (mean of the patch tokens); timm's global_pool."""
+
+    @property
+    def channels(self) -> int:
+        """Of the images that the model takes."""
+        return len(self.mean)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class ModelFolder(ModelFacts):
         return ModelFacts(**{f.name: getattr(self, f.name) for f in fields(ModelFacts)})
 
     def load_vit(self) -> "torch.nn.Module":
-        """The backbone in float32, in eval mode: normalised images [n, 3, S, S] → vectors [n, dim], not unit length.
+        """The backbone in float32, in eval mode: normalised [n, channels, S, S] → vectors [n, dim], not unit length.
 
         Raises DinosearchError when the weights do not fit the architecture.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 
@@ -78,6 +79,16 @@ def known_source(kind: str, location: str) -> Source:
         return ZipSource(location) if location.lower().endswith((".zip", ".cbz")) else TarSource(location)
     kinds = (FolderSource, FilesSource, GlobSource, ListSource, TableSource, RemoteSource)
     return {each.kind: each for each in kinds}[kind](location)
+
+
+def base_name(source: Source) -> str:
+    """A name for what is made of it: the last part of its location that is no pattern, without a file's ending."""
+    parts = [part for part in re.split(r"[/\\]", source.location) if part and not re.search(r"[*?\[]", part)]
+    base = parts[-1] if parts else ""
+    if source.kind in ("archive", "list", "table"):
+        base = base.partition(".")[0]
+    base = re.sub(r"[\x00-\x1f]", "", base).lstrip(".") or "images"
+    return os.fsencode(base).decode("utf-8", "replace")
 
 
 def read_image(path: str) -> StableBytes:
