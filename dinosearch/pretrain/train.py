@@ -21,6 +21,7 @@ from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
 from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
 from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
+from dinosearch.pretrain.logs import check_logs, open_logs
 from dinosearch.pretrain.plan import UNBOUNDED, Plan, plan_length
 from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts
 from dinosearch.pretrain.run import Run
@@ -60,6 +61,8 @@ class TrainConfig:
     """Stop at the first sign of collapse or divergence, instead of going back and changing settings."""
     checkpoint_every: float = 30.0
     """Seconds between checkpoints; a kill loses at most these."""
+    logs: tuple[str, ...] = ()
+    """"tensorboard", "wandb" or both, beside metrics.jsonl."""
 
 
 def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
@@ -150,6 +153,12 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
         trained=_trained(config, recipe, seed=seed, n_images=len(bank)),
         note=note,
         checkpoint=checkpoint,
+        logs=open_logs(
+            config.logs,
+            folder / "training",
+            config=recipe.facts() | {"seed": seed, "images": len(bank)},
+            first_step=checkpoint.facts["step"] if checkpoint else 0,
+        ),
     )
     yield from course.follow(checkpoint_every=config.checkpoint_every, strict=config.strict, stop=stop)
 
@@ -182,6 +191,7 @@ def _check(config: TrainConfig) -> None:
         limit is not None and not 0 < limit < math.inf for limit in (config.epochs, config.minutes)
     ):
         raise UsageError("--steps must be 0 or more, --epochs and --minutes more than 0")
+    check_logs(config.logs)
     if config.resume and config.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: choose one")
 

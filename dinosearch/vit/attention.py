@@ -132,7 +132,7 @@ def draw(model: ModelFolder, image: Image.Image, *, short_side: int) -> Image.Im
     scale = max(1, round(PANEL / max(size)))
     large = seen.resize((size[0] * scale, size[1] * scale), Image.Resampling.BICUBIC)
     colours = Image.fromarray(principal_colours(found.patches)).resize(large.size, Image.Resampling.NEAREST)
-    panels = [(f"{size[0]}×{size[1]} px", large), ("patch tokens (PCA)", colours)]
+    panels = [(f"{size[0]} x {size[1]} px", large), ("patch tokens (PCA)", colours)]
     if found.heads is not None:
         panels.append(("mean of the heads", _heat(found.heads.mean(axis=0), large)))
         panels += [(f"head {i + 1}", _heat(head, large)) for i, head in enumerate(found.heads)]
