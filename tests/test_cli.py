@@ -355,6 +355,19 @@ def test_compare_of_an_index_and_its_copy(indexed, work):
     one_error(dinosearch(*arguments[:-2], cwd=work, check=2))
 
 
+@pytest.mark.slow
+def test_export_of_a_model_and_of_the_wrong_thing(work):
+    (row,) = json_of("export", "tiny", "--to", "openvino", "--out", "out/tiny", cwd=work)
+    assert row["files"] == ["out/tiny.bin", "out/tiny.json", "out/tiny.xml"]
+    assert row["cosine"] > 0.999
+    told = dinosearch("export", "models/tiny", "--to", "hf", cwd=work)
+    assert "tiny-hf/config.json" in told.stdout
+    one_error(dinosearch("export", "models/tiny", "--to", "csv", cwd=work, check=2))
+    one_error(dinosearch("export", "models/tiny", "--to", "pdf", cwd=work, check=2))
+    one_error(dinosearch("export", "catalog", "--to", "onnx", cwd=work, check=1))
+
+
+@pytest.mark.slow
 def test_attention_draws_a_picture(work):
     told = dinosearch("attention", "cat.jpg", "--size", "48", cwd=work)
     assert told.stdout == "cat-attention.png\n"

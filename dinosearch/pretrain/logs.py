@@ -7,7 +7,7 @@ W&B works offline unless the environment's WANDB_MODE says otherwise: nothing le
 import importlib.util
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +39,7 @@ def open_logs(names: Sequence[str], training: Path, *, config: Mapping[str, Any]
     config: what the run was asked for, to compare runs by. first_step: where a resumed run goes on.
     """
     check_logs(names)
-    kinds = {"tensorboard": _TensorBoard, "wandb": _WandB}
+    kinds: Mapping[str, Callable[..., Log]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
     return [kinds[name](training, config=config, first_step=first_step) for name in names]
 
 

@@ -85,6 +85,7 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
         survey = survey_images(paths)
         recipe, reasons = plan_recipe(survey, accelerator=device.type != "cpu", overrides=config.overrides)
         _tell(reasons, note)
+        why = {reason.name: reason.why for reason in reasons}
         seed, grey, side = config.seed, survey.grey, _bank_side(recipe, survey)
     else:
         _refuse_other_settings(kept, config, digest=digest, folder=folder)
@@ -93,6 +94,7 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
             yield Progress("done", kept["step"], kept["step"], report=TrainReport(**kept["report"]))
             return
         note(f"resuming {folder} at step {kept['step']} of {kept['total_steps']}")
+        why = kept.get("reasons", {})
         recipe, seed, grey, side = recipe_from_facts(kept["recipe"]), kept["seed"], kept["grey"], kept["side"]
     run = Run(recipe, seed=seed, device=device)
     if config.overwrite and kept is None and folder.exists():
@@ -100,7 +102,11 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
     (folder / "training").mkdir(parents=True, exist_ok=True)
     note(f"model: {folder}, on {describe_device(device)}")
     if config.steps == 0:
-        facts = _trained(config, recipe, seed=seed, n_images=len(paths)) | {"method": "none", "steps": 0}
+        facts = _trained(config, recipe, seed=seed, n_images=len(paths)) | {
+            "method": "none",
+            "steps": 0,
+            "reasons": why,
+        }
         model = run.export(folder, trained=facts)
         write_card(model)
         yield Progress("done", 0, 0, report=report_on(model, facts, seconds=time.monotonic() - began))
@@ -148,9 +154,10 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
             "grey": grey,
             "side": side,
             "images_digest": digest,
+            "reasons": why,
             "asked": _asked(config) if kept is None else kept["asked"],
         },
-        trained=_trained(config, recipe, seed=seed, n_images=len(bank)),
+        trained=_trained(config, recipe, seed=seed, n_images=len(bank)) | {"failed": len(bank.failed), "reasons": why},
         note=note,
         checkpoint=checkpoint,
         logs=open_logs(
