@@ -73,7 +73,8 @@ def card(model: ModelFolder, *, curves: bool) -> str:
         _recipe(trained),
         "## Limits",
         "It knows what its images show and little else: on other kinds of images a released model will do better. "
-        "None of the figures above uses labels; measure it on yours with `dinosearch probe --labels labels.csv`. "
+        "But for a k-NN accuracy, no figure above uses labels; measure it on yours with "
+        "`dinosearch probe --labels labels.csv`. "
         "Whatever the images over-represent, the neighbours will too.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -105,21 +106,22 @@ def _failed(trained: Mapping[str, Any]) -> str:
 
 
 def _origins(trained: Mapping[str, Any]) -> list[str]:
-    """Weights of others that went into these, and their licence."""
+    """Whose weights went into these."""
     told = []
-    for role, said in (("start", "It started from"), ("teacher", "It learnt from")):
-        origin = trained.get(role)
-        if origin:
-            source = str(origin.get("source") or origin.get("model"))
-            told.append(f"{said} `{source}`, whose licence goes on to bind these weights{_licence(source)}.")
+    for role, said in (("start", "Training started from"), ("teacher", "It was distilled from")):
+        origin = trained.get(role) or {}
+        if "source" in origin:
+            told.append(f"{said} `{origin['source']}`: mind the licence of these weights{_licence(origin['source'])}.")
+        elif "model" in origin:
+            told.append(f"{said} the model `{origin['model']}`.")
     return told
 
 
 def _licence(source: str) -> str:
-    name = source.lower()
-    if "dinov3" in name:
-        return " (released DINOv3 weights: the DINOv3 License)"
-    return " (Meta's released DINO and DINOv2 weights: Apache 2.0)" if "dino" in name else ""
+    """By the name alone, so it says whose weights it speaks of."""
+    if "dinov3" in source.lower():
+        return " (Meta's DINOv3 come under the DINOv3 License)"
+    return " (Meta's DINO and DINOv2 come under Apache 2.0)" if "dino" in source.lower() else ""
 
 
 def _recipe(trained: Mapping[str, Any]) -> str:
