@@ -1,17 +1,19 @@
 """The picture and the page that a run leaves in its model's folder."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image, ImageColor
 
 from dinosearch.pretrain.card import card, write_card
 from dinosearch.pretrain.curves import ALARM, CURVE, GIVEN_UP, HEIGHT, WIDTH, draw_curves
 from dinosearch.pretrain.recipe import Recipe
-from dinosearch.vit.folder import ModelFolder
+from dinosearch.vit.folder import ModelFacts, ModelFolder, create_vit, save_model
 
 ALARMED = {"step": 30, "kind": "collapse", "why": "all alike", "back_to_step": 10, "changed": "lr 0.1 → 0.001"}
 
@@ -88,6 +90,52 @@ def test_the_card_tells_data_recipe_outcome_and_limits(tmp_path: Path) -> None:
     assert "## Limits" in text
     assert "rank | 12 (" in text
     assert "](curves.png)" not in card(a_model(tmp_path / "cats"), curves=False)
+
+
+def test_the_card_tells_how_to_load_it_and_what_it_came_from(tmp_path: Path) -> None:
+    told = card(
+        a_model(
+            tmp_path / "cats",
+            failed=7,
+            reasons={"lr": "a third of the usual"},
+            quality={"recall_at_1": 0.75, "step": 50},
+            start={"model": "x", "source": "timm:vit_small_patch16_dinov3.lvd1689m"},
+        ),
+        curves=False,
+    )
+    assert "; 7 more could not be read" in told
+    assert "| lr | 0.001 | a third of the usual |" in told
+    assert "recall_at_1 | 0.75 (" in told or "recall at 1 | 0.75 (" in told
+    assert "the DINOv3 License" in told
+    assert "dinosearch export models/cats --to onnx" in told
+    assert "licence" not in card(a_model(tmp_path / "cats"), curves=False)
+
+
+def test_the_code_of_the_card_loads_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    facts = ModelFacts(
+        arch="vit_tiny_patch16_224",
+        arch_kwargs={"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+        image_size=16,
+    )
+    trained = a_model(tmp_path / "cats").trained
+    model = save_model(tmp_path / "models/cats", create_vit(facts), facts, trained=trained)
+    lines = card(model, curves=False).partition("import timm\n")[2].partition("\n\n")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"timm": timm}
+    exec(textwrap.dedent(lines), names)
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(names["vit"](images), model.load_vit()(images))
+
+
+def test_a_wild_excursion_does_not_flatten_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+    lines = [line(1, lr=0.1), line(20, lr=1e6), {"alarm": ALARMED | {"step": 20, "back_to_step": 0}}]
+    draw_curves([*lines, *(line(step, lr=step / 1000) for step in (10, 20, 30, 40))], path)
+    drawn = np.asarray(Image.open(path).crop((WIDTH, 0, 2 * WIDTH, HEIGHT)).convert("RGB"))
+    heights = np.nonzero((drawn == ImageColor.getrgb(CURVE)).all(axis=2))[0]
+    assert np.ptp(heights) > HEIGHT / 4
 
 
 def test_the_card_tells_alarms(tmp_path: Path) -> None:

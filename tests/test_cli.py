@@ -17,7 +17,8 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = [
-    "train", "index", "forget", "relocate", "merge", "query", "probe", "info", "failures", "export", "models", "demo",
+    "train", "index", "forget", "relocate", "merge", "query", "probe", "compare", "info", "failures", "export",
+    "attention", "models", "demo",
 ]  # fmt: skip
 
 
@@ -340,6 +341,39 @@ def test_models(indexed, tmp_path):
     (facts,) = json_of("info", cwd=indexed)
     assert (row["model"], row["fingerprint"]) == ("tiny", facts["fingerprint"])
     assert "dinosearch train" in dinosearch("models", cwd=tmp_path).stderr
+
+
+def test_compare_of_an_index_and_its_copy(indexed, work):
+    shutil.copytree(work / "indexes/catalog", work / "indexes/copy")
+    arguments = ("compare", "--labels", indexed / "labels.csv", "--index", "catalog", "--index", "copy")
+    told = dinosearch(*arguments, cwd=work)
+    assert told.stdout.splitlines()[0] == "index\tk-NN\tlinear"
+    assert "k-NN: the data cannot tell (catalog − copy = +0.0 points" in told.stdout
+    (row,) = json_of(*arguments, cwd=work)
+    assert [difference["better"] for difference in row["differences"]] == [None, None]
+    assert row["n_train"] + row["n_test"] == 30
+    one_error(dinosearch(*arguments[:-2], cwd=work, check=2))
+
+
+@pytest.mark.slow
+def test_export_of_a_model_and_of_the_wrong_thing(work):
+    (row,) = json_of("export", "tiny", "--to", "openvino", "--out", "out/tiny", cwd=work)
+    assert row["files"] == ["out/tiny.bin", "out/tiny.json", "out/tiny.xml"]
+    assert row["cosine"] > 0.999
+    told = dinosearch("export", "models/tiny", "--to", "hf", cwd=work)
+    assert "tiny-hf/config.json" in told.stdout
+    one_error(dinosearch("export", "models/tiny", "--to", "csv", cwd=work, check=2))
+    one_error(dinosearch("export", "models/tiny", "--to", "pdf", cwd=work, check=2))
+    one_error(dinosearch("export", "catalog", "--to", "onnx", cwd=work, check=1))
+
+
+@pytest.mark.slow
+def test_attention_draws_a_picture(work):
+    told = dinosearch("attention", "cat.jpg", "--size", "48", cwd=work)
+    assert told.stdout == "cat-attention.png\n"
+    assert "model: models/tiny" in told.stderr
+    assert Image.open(work / "cat-attention.png").format == "PNG"
+    assert "labels.csv" in one_error(dinosearch("attention", "labels.csv", cwd=work, check=1))
 
 
 @pytest.mark.parametrize("arguments", [["query"], ["query", "cat.jpg", "--topp", "3"], ["fly"], ["probe"], ["--no"]])

@@ -64,6 +64,15 @@ def test_a_recipe_is_set_by_name_and_taken_from_another_model(work: Path) -> Non
     assert recipe_of(work / "models" / "third") == first | {"lr": 0.5}
 
 
+@pytest.mark.slow
+def test_a_run_is_logged_where_asked_and_its_card_tells_reasons(work: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(*TINY, "--steps", "3", "--name", "logged", "--log", "tensorboard", cwd=work)
+    assert list((work / "models/logged/training/tensorboard").glob("events.*"))
+    assert "| | | why |" in (work / "models/logged/README.md").read_text()
+    train("--steps", "3", "--name", "other", "--log", "paper", cwd=work, code=2)
+
+
 def test_an_unknown_setting_is_wrong_usage(work: Path) -> None:
     told = train("--set", "centre_momentum=0.9", "--steps", "0", cwd=work, code=2)
     assert "Did you mean center_momentum" in told.stderr

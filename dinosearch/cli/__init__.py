@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dinosearch.cli import demo, export, forget, index, merge, models, probe, query, relocate, train
+from dinosearch.cli import attention, compare, demo, export, forget, index, merge, models, probe, query, relocate, train
 from dinosearch.cli.exits import Commands
 
 app = typer.Typer(
@@ -23,7 +23,9 @@ relocate.add_to(app)
 merge.add_to(app)
 query.add_to(app)
 probe.add_to(app)
+compare.add_to(app)
 export.add_to(app)
+attention.add_to(app)
 models.add_to(app)
 demo.add_to(app)
 

@@ -1,4 +1,4 @@
-"""`export`: an index's vectors as files for other programs."""
+"""`export`: an index's vectors, or a model, as files for other programs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +7,7 @@ import typer
 
 from dinosearch.cli import show
 from dinosearch.cli.index import JsonOption
+from dinosearch.errors import UsageError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -14,24 +15,69 @@ def add_to(app: typer.Typer) -> None:
 
 
 def export(
-    index: Annotated[str, typer.Argument(metavar="INDEX", help="Name or folder of an index.")],
-    to: Annotated[str, typer.Option("--to", help="npy (with a CSV of the rows), csv or parquet.")],
+    source: Annotated[str, typer.Argument(metavar="INDEX|MODEL", help="Name or folder of an index, or of a model.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="Of an index: npy (with a CSV of the rows), csv, parquet. Of a model: onnx, openvino, hf."
+        ),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Where to, without the ending; the index's name in this folder without.")
+        Path | None, typer.Option(help="Where to, without the ending; the source's name in this folder without.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an index's vectors, with the image of each, to files that other programs read.
+    """Write an index's vectors, or a model, to files that other programs read; a model's are compared with it.
 
     Example: dinosearch export indexes/catalog --to parquet
     """
+    from dinosearch.encoder.export import FORMS as MODEL_FORMS
+    from dinosearch.index.export import FORMS as INDEX_FORMS
+
+    if to in MODEL_FORMS:
+        _export_model(source, to, out, as_json=as_json)
+    elif to in INDEX_FORMS:
+        _export_index(source, to, out, as_json=as_json)
+    else:
+        raise UsageError(f"no form {to!r}. Choose {', '.join(INDEX_FORMS)} (index) or {', '.join(MODEL_FORMS)} (model)")
+
+
+def _export_index(source: str, to: str, out: Path | None, *, as_json: bool) -> None:
     from dinosearch.index.export import export_index
     from dinosearch.index.locate import indexes_path, resolve_index
 
-    index_path = resolve_index(index, indexes=indexes_path(), note=show.note)
+    if (Path(source) / "model.json").is_file():
+        raise UsageError(f"{source} is a model, and {to} holds an index's vectors. Choose --to onnx, openvino or hf")
+    index_path = resolve_index(source, indexes=indexes_path(), note=show.note)
     written = export_index(index_path, form=to, out=out)
     if as_json:
         show.json_line({"index": index_path.name, "files": [show.shown(path) for path in written]})
     else:
-        for path in written:
-            show.raw_path(path, end=b"\n")
+        _print_paths(written)
+
+
+def _export_model(source: str, to: str, out: Path | None, *, as_json: bool) -> None:
+    from dinosearch.encoder.export import export_model
+    from dinosearch.vit.folder import models_path
+    from dinosearch.vit.resolve import resolve_model
+
+    model = resolve_model(source, models=models_path(), note=show.note)
+    written = export_model(model, form=to, out=out, note=show.note)
+    if as_json:
+        show.json_line(
+            {
+                "model": model.name,
+                "files": [show.shown(path) for path in written.files],
+                "cosine": written.cosine,
+                "max_difference": written.max_difference,
+            }
+        )
+        return
+    if written.cosine is not None:
+        show.note(f"compared with the model: cosine {written.cosine:.6f}, max difference {written.max_difference:.1e}")
+    _print_paths(written.files)
+
+
+def _print_paths(paths: list[Path]) -> None:
+    for path in paths:
+        show.raw_path(path, end=b"\n")

@@ -69,6 +69,10 @@ def train(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop when training goes wrong, instead of changing settings.")
     ] = False,
+    logs: Annotated[
+        list[str] | None,
+        typer.Option("--log", metavar="LOG", help="Log to tensorboard or wandb (offline) too, in training/."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Teach a vision transformer from images, without labels.
@@ -114,6 +118,7 @@ def train(
         cache_bytes=None if cache_size is None else int(cache_size * 2**30),
         strict=strict,
         checkpoint_every=checkpoint_every,
+        logs=tuple(logs or ()),
     )
     report: TrainReport | None = None
     with asked_to_stop() as stop, show.Progress() as bar:

@@ -17,6 +17,14 @@ EXPLAINED = {
     "rank": "effective number of directions that the vectors use (RankMe)",
 }
 
+QUALITY = {
+    "recall_at_1": "share of images that find themselves among many, under another distortion",
+    "rank": "effective number of directions, of undistorted images",
+    "knn_top1": "k-NN accuracy by the labels given",
+    "step": "of the weights exported",
+}
+"""Measured without labels, but for the accuracy; those of the exported weights."""
+
 
 def write_card(model: ModelFolder) -> None:
     """Write `README.md`, and `curves.png` where there is a run to draw, into the model's folder."""
@@ -50,9 +58,11 @@ def card(model: ModelFolder, *, curves: bool) -> str:
                 "created": model.created,
             }
         ),
-        "    dinosearch index IMAGES --model " + model.name,
+        "## Use",
+        _use(model),
         "## Data",
-        f"{trained['images']:,} images from {data}. Not part of this folder.",
+        f"{trained['images']:,} images from {data}{_failed(trained)}. Not part of this folder.",
+        *_origins(trained),
     ]
     if not untrained:
         parts += ["## How it went", _outcome(trained), *_alarms(trained)]
@@ -60,13 +70,70 @@ def card(model: ModelFolder, *, curves: bool) -> str:
         "## Recipe",
         f"Seed {trained['seed']}. `dinosearch train IMAGES --config model.json`, with the file beside this page, "
         "trains by it again.",
-        _table({name: _short(value) for name, value in _flat(trained["recipe"]).items()}),
+        _recipe(trained),
         "## Limits",
         "It knows what its images show and little else: on other kinds of images a released model will do better. "
-        "None of the figures above uses labels; measure it on yours with `dinosearch probe --labels labels.csv`. "
+        "But for a k-NN accuracy, no figure above uses labels; measure it on yours with "
+        "`dinosearch probe --labels labels.csv`. "
         "Whatever the images over-represent, the neighbours will too.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _use(model: ModelFolder) -> str:
+    """Code blocks, run from the folder that holds models/."""
+    arguments = "".join(f", {name}={value!r}" for name, value in model.arch_kwargs.items())
+    return "\n".join(
+        [
+            f"    dinosearch index IMAGES --model {model.name}",
+            f"    dinosearch export models/{model.name} --to onnx    # or openvino, hf",
+            "",
+            "or in Python, without dinosearch:",
+            "",
+            "    import timm",
+            f"    vit = timm.create_model({model.arch!r}, num_classes=0, global_pool={model.pooling!r}{arguments},",
+            f"                            checkpoint_path='models/{model.name}/weights.safetensors').eval()",
+            "",
+            f"which takes float32 [n, 3, {model.image_size}, {model.image_size}], (x / 255 − mean) / std, with mean "
+            f"{_short(model.mean)} and std {_short(model.std)}.",
+        ]
+    )
+
+
+def _failed(trained: Mapping[str, Any]) -> str:
+    failed = trained.get("failed", 0)
+    return f"; {failed:,} more could not be read" if failed else ""
+
+
+def _origins(trained: Mapping[str, Any]) -> list[str]:
+    """Whose weights went into these."""
+    told = []
+    for role, said in (("start", "Training started from"), ("teacher", "It was distilled from")):
+        origin = trained.get(role) or {}
+        if "source" in origin:
+            told.append(f"{said} `{origin['source']}`: mind the licence of these weights{_licence(origin['source'])}.")
+        elif "model" in origin:
+            told.append(f"{said} the model `{origin['model']}`.")
+    return told
+
+
+def _licence(source: str) -> str:
+    """By the name alone, so it says whose weights it speaks of."""
+    if "dinov3" in source.lower():
+        return " (Meta's DINOv3 come under the DINOv3 License)"
+    return " (Meta's DINO and DINOv2 come under Apache 2.0)" if "dino" in source.lower() else ""
+
+
+def _recipe(trained: Mapping[str, Any]) -> str:
+    reasons = trained.get("reasons", {})
+    rows = {
+        name: (_short(value), str(reasons.get(name.replace("_", " "), "")))
+        for name, value in _flat(trained["recipe"]).items()
+    }
+    if not reasons:
+        return _table({name: value for name, (value, _) in rows.items()})
+    lines = [f"| {name.replace('_', ' ')} | {_cell(value)} | {_cell(why)} |" for name, (value, why) in rows.items()]
+    return "\n".join(["| | | why |", "|---|---|---|", *lines])
 
 
 def _outcome(trained: Mapping[str, Any]) -> str:
@@ -76,6 +143,10 @@ def _outcome(trained: Mapping[str, Any]) -> str:
     for name, why in EXPLAINED.items():
         if name in trained.get("health", {}):
             rows[name.replace("_", " ")] = f"{trained['health'][name]:.4g} ({why})"
+    for name, why in QUALITY.items():
+        value = (trained.get("quality") or {}).get(name)
+        if isinstance(value, int | float):
+            rows[f"quality: {name}"] = f"{value:.4g} ({why})"
     return _table(rows)
 
 
@@ -112,5 +183,9 @@ def _short(value: Any) -> str:
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    lines = [f"| {name.replace('_', ' ')} | {value.replace('|', '/')} |" for name, value in rows.items()]
+    lines = [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/")

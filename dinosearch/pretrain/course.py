@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import Checkpoint, save_checkpoint
 from dinosearch.pretrain.guard import Guard
 from dinosearch.pretrain.health import Health
+from dinosearch.pretrain.logs import Log
 from dinosearch.pretrain.plan import Plan
 from dinosearch.pretrain.run import Run
 from dinosearch.vit.folder import ModelFolder, Note
@@ -95,6 +96,7 @@ class Course:
         trained: Mapping[str, Any],
         note: Note,
         checkpoint: Checkpoint | None = None,
+        logs: Sequence[Log] = (),
     ) -> None:
         """kept: what every checkpoint says beside its state. trained: what model.json says beside the outcome.
 
@@ -107,6 +109,7 @@ class Course:
         self.began = began
         self.kept = kept
         self.trained = trained
+        self.logs = logs
         self.first_step = 0
         self.health: Health | None = None
         self._losses: deque[Tensor] = deque(maxlen=LOOK_EVERY)
@@ -215,6 +218,8 @@ class Course:
     def _write_line(self, facts: Mapping[str, Any]) -> None:
         with self._metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(facts, allow_nan=False) + "\n")
+        for log in self.logs:
+            log.write(facts)
 
     def _save(self, step: int, *, report: TrainReport | None) -> bool:
         """Write a checkpoint, unless a weight is no number."""
@@ -254,6 +259,8 @@ class Course:
         }
         model = self.run.export(self.folder, trained=trained)
         write_card(model)
+        for log in self.logs:
+            log.close()
         report = report_on(
             model,
             trained,

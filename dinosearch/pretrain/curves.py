@@ -17,13 +17,13 @@ from dinosearch.vit.folder import write_whole
 
 PANELS = {
     "loss": "DINO loss",
-    "loss_of_ln_k": "loss / ln K (1: nothing learnt)",
     "teacher_entropy": "teacher entropy, nats",
     "teacher_kl": "KL from the mean assignment, nats (0: collapsed)",
     "prototypes_used": "share of prototypes in use",
     "center_norm": "length of the center",
     "feature_std": "spread of features (1: even, 0: one point)",
     "rank": "effective rank of features (RankMe)",
+    "recall_at_1": "recall of an image's other views",
     "knn_top1": "k-NN accuracy",
     "lr": "learning rate",
 }
@@ -31,6 +31,7 @@ PANELS = {
 WIDTH, HEIGHT = 480, 220
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 28
 """Of one panel, and of the margins around its curve, in pixels."""
+LEGEND = 20
 INK, FAINT, CURVE, GIVEN_UP, ALARM = "#222222", "#dddddd", "#1f5fa8", "#b9c7d6", "#c62828"
 
 
@@ -58,11 +59,13 @@ def draw_curves(lines: Iterable[Mapping[str, Any]], path: Path) -> bool:
     if not names:
         return False
     n_rows = math.ceil(len(names) / 2)
-    image = Image.new("RGB", (2 * WIDTH, n_rows * HEIGHT), "white")
+    image = Image.new("RGB", (2 * WIDTH, n_rows * HEIGHT + (LEGEND if course.alarms else 0)), "white")
     draw = ImageDraw.Draw(image)
     last_step = max(step for piece in course.pieces for values in piece.values() for step, _ in values)
     for i, name in enumerate(names):
         _panel(draw, (i % 2 * WIDTH, i // 2 * HEIGHT), name, course, last_step)
+    if course.alarms:
+        _legend(draw, n_rows * HEIGHT)
     file = io.BytesIO()
     image.save(file, "PNG")
     write_whole(path, file.getvalue())
@@ -86,15 +89,12 @@ def _course(lines: Iterable[Mapping[str, Any]]) -> Course:
 def _panel(draw: ImageDraw.ImageDraw, corner: tuple[int, int], name: str, course: Course, last_step: int) -> None:
     left, top = corner[0] + LEFT, corner[1] + TOP
     right, bottom = corner[0] + WIDTH - RIGHT, corner[1] + HEIGHT - BOTTOM
-    values = [value for piece in course.pieces for _, value in piece.get(name, ())]
-    low, high = min(values), max(values)
-    if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = low - 0.5, high + 0.5
+    low, high = _range(course, name, last_step)
 
     def point(step: int, value: float) -> tuple[float, float]:
         return (
-            left + (right - left) * step / last_step,
-            bottom - (bottom - top) * (value - low) / (high - low),
+            left + (right - left) * step / max(1, last_step),
+            bottom - (bottom - top) * (min(max(value, low), high) - low) / (high - low),
         )
 
     small, font = ImageFont.load_default(11), ImageFont.load_default(13)
@@ -109,10 +109,39 @@ def _panel(draw: ImageDraw.ImageDraw, corner: tuple[int, int], name: str, course
     for step, _ in course.alarms:
         draw.line([point(step, low), point(step, high)], fill=ALARM)
     for i, piece in enumerate(course.pieces):
-        kept_to = min((back for _, back in course.alarms[i:]), default=last_step)
         points = piece.get(name, [])
         _line(draw, [point(*p) for p in points], GIVEN_UP)
-        _line(draw, [point(*p) for p in points if p[0] <= kept_to], CURVE)
+        _line(draw, [point(*p) for p in points if p[0] <= _kept_to(course, i, last_step)], CURVE)
+
+
+def _legend(draw: ImageDraw.ImageDraw, top: int) -> None:
+    left, font = LEFT, ImageFont.load_default(11)
+    for colour, meaning in ((CURVE, "the run"), (GIVEN_UP, "given up after an alarm"), (ALARM, "alarm")):
+        draw.line([(left, top + 8), (left + 24, top + 8)], fill=colour, width=2)
+        draw.text((left + 30, top + 8), meaning, fill=INK, font=font, anchor="lm")
+        left += 46 + round(draw.textlength(meaning, font=font))
+
+
+def _kept_to(course: Course, piece: int, last_step: int) -> int:
+    """The step up to which a piece was not given up."""
+    return min((back for _, back in course.alarms[piece:]), default=last_step)
+
+
+def _range(course: Course, name: str, last_step: int) -> tuple[float, float]:
+    """Of the axis: all that was kept; what was given up may add half of that, and is cut off beyond."""
+    values = [value for piece in course.pieces for _, value in piece.get(name, ())]
+    kept = [
+        value
+        for i, piece in enumerate(course.pieces)
+        for step, value in piece.get(name, ())
+        if step <= _kept_to(course, i, last_step)
+    ]
+    kept = kept if len(kept) > 1 and max(kept) > min(kept) else values
+    room = (max(kept) - min(kept)) / 2
+    low, high = max(min(values), min(kept) - room), min(max(values), max(kept) + room)
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        return low - 0.5, high + 0.5
+    return low, high
 
 
 def _line(draw: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colour: str) -> None:

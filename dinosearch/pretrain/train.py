@@ -25,6 +25,7 @@ from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
 from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
 from dinosearch.pretrain.gather import decode_pool, gather_images, images_digest
+from dinosearch.pretrain.logs import check_logs, open_logs
 from dinosearch.pretrain.plan import UNBOUNDED, Plan, plan_length
 from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts
 from dinosearch.pretrain.run import Run
@@ -72,6 +73,8 @@ class TrainConfig:
     """Stop at the first sign of collapse or divergence, instead of going back and changing settings."""
     checkpoint_every: float = 30.0
     """Seconds between checkpoints; a kill loses at most these."""
+    logs: tuple[str, ...] = ()
+    """"tensorboard", "wandb" or both, beside metrics.jsonl."""
 
 
 def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
@@ -106,6 +109,7 @@ def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[
             epochs=config.epochs,
         )
         _tell(reasons, note)
+        why = {reason.name: reason.why for reason in reasons}
         seed, grey, side = config.seed, survey.grey, _bank_side(recipe, survey)
     else:
         _refuse_other_settings(kept, config, digest=digest, folder=folder)
@@ -114,6 +118,7 @@ def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[
             yield Progress("done", kept["step"], kept["step"], report=TrainReport(**kept["report"]))
             return
         note(f"resuming {folder} at step {kept['step']} of {kept['total_steps']}")
+        why = kept.get("reasons", {})
         recipe, seed, grey, side = recipe_from_facts(kept["recipe"]), kept["seed"], kept["grey"], kept["side"]
     run = Run(recipe, seed=seed, device=device)
     if config.overwrite and kept is None and folder.exists():
@@ -121,7 +126,8 @@ def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[
     (folder / "training").mkdir(parents=True, exist_ok=True)
     note(f"model: {folder}, on {describe_device(device)}")
     if config.steps == 0:
-        facts = _trained(config, recipe, seed=seed, n_images=len(images)) | {"method": "none", "steps": 0}
+        facts = _trained(config, recipe, seed=seed, n_images=len(images))
+        facts |= {"method": "none", "steps": 0, "reasons": why}
         model = run.export(folder, trained=facts)
         write_card(model)
         yield Progress("done", 0, 0, report=report_on(model, facts, seconds=time.monotonic() - began))
@@ -187,11 +193,18 @@ def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[
             "images_digest": digest,
             "exclude": options.exclude,
             "include_hidden": options.include_hidden,
+            "reasons": why,
             "asked": _asked(config) if kept is None else kept["asked"],
         },
-        trained=_trained(config, recipe, seed=seed, n_images=len(bank), n_failed=len(bank.failed)),
+        trained=_trained(config, recipe, seed=seed, n_images=len(bank), n_failed=len(bank.failed)) | {"reasons": why},
         note=note,
         checkpoint=checkpoint,
+        logs=open_logs(
+            config.logs,
+            folder / "training",
+            config=recipe.facts() | {"seed": seed, "images": len(bank)},
+            first_step=checkpoint.facts["step"] if checkpoint else 0,
+        ),
     )
     yield from course.follow(checkpoint_every=config.checkpoint_every, strict=config.strict, stop=stop)
 
@@ -224,6 +237,7 @@ def _check(config: TrainConfig) -> None:
         limit is not None and not 0 < limit < math.inf for limit in (config.epochs, config.minutes)
     ):
         raise UsageError("--steps must be 0 or more, --epochs and --minutes more than 0")
+    check_logs(config.logs)
     if config.resume and config.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: choose one")
 

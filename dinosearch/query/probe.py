@@ -85,6 +85,37 @@ class ProbeReport:
     per_class: list[PerClass]
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is to be told apart."""
+
+    names: np.ndarray
+    """Of the classes."""
+    classes: np.ndarray
+    """Position in `names`, for each labelled image: int [n]."""
+    training: np.ndarray
+    """Rows to learn from."""
+    testing: np.ndarray
+    """Rows to guess."""
+
+    @property
+    def truth(self) -> np.ndarray:
+        """Classes of the test images: int [n_test]."""
+        return self.classes[self.testing]
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What both probes say of the test images, in their order."""
+
+    by_vote: np.ndarray
+    """int [n_test]"""
+    by_line: np.ndarray
+    """int [n_test]"""
+    k: int
+    c: float
+
+
 def probe(
     vectors: np.ndarray,
     labels: Sequence[str],
@@ -99,23 +130,11 @@ def probe(
     split: "train" or "test" for each; without it, a fifth of each class is held out, by `seed`.
     Raises DinosearchError when there is nothing to tell apart, or nothing to train or test with.
     """
-    names, classes = np.unique(np.asarray(labels, dtype=object), return_inverse=True)
-    training, testing = _parts(names, classes, split, seed=seed, note=note)
-    if len(np.unique(classes[training])) < 2:
-        raise DinosearchError(
-            f"all {len(training)} training images have the label {names[classes[training[0]]]!r}. "
-            "Label images of two classes or more"
-        )
-    _note_untrained(names, classes, training, testing, note)
-
-    truth = classes[testing]
-    k = int(min(MAX_K, _counts(classes[training]).min(), len(training)))
-    note(f"k-NN vote of {k} among {len(training)} training images, {len(testing)} test images")
-    by_vote = knn_vote(vectors[training], classes[training], vectors[testing], k=k)
-    note("linear probe: searching C")
-    c = _search_strength(vectors[training], classes[training], seed=seed)
-    note(f"linear probe: fitting with C = {c:g}")
-    by_line = linear_guess(vectors[training], classes[training], vectors[testing], c=c)
+    task = pose_task(labels, split=split, seed=seed, note=note)
+    names, classes, training = task.names, task.classes, task.training
+    truth = task.truth
+    guesses = guess(vectors, task, seed=seed, note=note)
+    by_vote, by_line = guesses.by_vote, guesses.by_line
 
     n_train = np.bincount(classes[training], minlength=len(names))
     n_test = np.bincount(truth, minlength=len(names))
@@ -133,13 +152,45 @@ def probe(
         if n_train[i] + n_test[i]
     ]
     return ProbeReport(
-        knn=Knn(float((by_vote == truth).mean()), k),
-        linear=Linear(float((by_line == truth).mean()), c),
+        knn=Knn(float((by_vote == truth).mean()), guesses.k),
+        linear=Linear(float((by_line == truth).mean()), guesses.c),
         classes=len(per_class),
         n_train=len(training),
-        n_test=len(testing),
+        n_test=len(truth),
         per_class=per_class,
     )
+
+
+def pose_task(
+    labels: Sequence[str],
+    *,
+    split: Sequence[str] | None = None,
+    seed: int = 0,
+    note: Callable[[str], None] = lambda _: None,
+) -> Task:
+    """Which labelled images to learn from and which to guess, whatever their vectors. Raises as `probe` does."""
+    names, classes = np.unique(np.asarray(labels, dtype=object), return_inverse=True)
+    training, testing = _parts(names, classes, split, seed=seed, note=note)
+    if len(np.unique(classes[training])) < 2:
+        raise DinosearchError(
+            f"all {len(training)} training images have the label {names[classes[training[0]]]!r}. "
+            "Label images of two classes or more"
+        )
+    _note_untrained(names, classes, training, testing, note)
+    return Task(names, classes, training, testing)
+
+
+def guess(vectors: np.ndarray, task: Task, *, seed: int = 0, note: Callable[[str], None] = lambda _: None) -> Guesses:
+    """Train both probes on a task's training part and let them guess the rest. vectors: unit float32 [n, dim]."""
+    train, test = vectors[task.training], vectors[task.testing]
+    known = task.classes[task.training]
+    k = int(min(MAX_K, _counts(known).min(), len(known)))
+    note(f"k-NN vote of {k} among {len(train)} training images, {len(test)} test images")
+    by_vote = knn_vote(train, known, test, k=k)
+    note("linear probe: searching C")
+    c = _search_strength(train, known, seed=seed)
+    note(f"linear probe: fitting with C = {c:g}")
+    return Guesses(by_vote, linear_guess(train, known, test, c=c), k=k, c=c)
 
 
 def knn_vote(train: np.ndarray, classes: np.ndarray, test: np.ndarray, *, k: int) -> np.ndarray:
