@@ -342,6 +342,16 @@ def test_models(indexed, tmp_path):
     assert "dinosearch train" in dinosearch("models", cwd=tmp_path).stderr
 
 
+def test_released_weights_become_a_model(tiny_model, tmp_path):
+    words = ("models", "import", tiny_model.weights_path, "--name", "mine")
+    (row,) = json_of(*words, "--image-size", "16", cwd=tmp_path)
+    assert (row["model"], row["image_size"], row["trained"]["method"]) == ("mine", 16, "imported")
+    assert json_of("models", cwd=tmp_path) == [row]
+    assert (
+        "exists" in dinosearch("models", "import", "dino.safetensors", "--name", "mine", cwd=tmp_path, check=2).stderr
+    )
+
+
 @pytest.mark.parametrize("arguments", [["query"], ["query", "cat.jpg", "--topp", "3"], ["fly"], ["probe"], ["--no"]])
 def test_wrong_usage_is_exit_2(indexed, arguments):
     assert dinosearch(*arguments, cwd=indexed, check=2).stdout == "" or arguments == ["query"]

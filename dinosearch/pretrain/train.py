@@ -24,7 +24,7 @@ from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
 from dinosearch.pretrain.plan import UNBOUNDED, Plan, plan_length
 from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts
 from dinosearch.pretrain.run import Run
-from dinosearch.vit.folder import Note, free_name, quiet, remove_model
+from dinosearch.vit.folder import Note, free_name, path_for, quiet, remove_model
 
 BANK_MARGIN = 8 / 7
 """Squares are kept this much larger than the crops made of them, if the images have the pixels (256 for 224)."""
@@ -196,9 +196,7 @@ def _find(folders: tuple[Path, ...]) -> list[Path]:
 def _folder_for(config: TrainConfig) -> Path:
     """Where the model goes. Raises UsageError when the name is taken and neither --resume nor --overwrite was given."""
     if config.name is not None:
-        if not config.name or Path(config.name).name != config.name or config.name.startswith("."):
-            raise UsageError(f"--name {config.name!r} is no name for a folder: leave out slashes and leading dots")
-        folder = config.models / config.name
+        folder = path_for(config.name, config.models)
         if folder.exists() and not (config.resume or config.overwrite):
             raise UsageError(f"{folder} exists. Choose another --name, or --resume it, or --overwrite it")
         return folder
