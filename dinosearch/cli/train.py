@@ -41,6 +41,12 @@ def train(
     config_file: Annotated[
         Path | None, typer.Option("--config", help="Take the recipe from a model.json, or a TOML or JSON file.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="MODEL", help="Go on with the weights of a model: a name, timm:NAME or a file."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="What is learnt: dino, or distill from --teacher.")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Learn from this stronger model.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run of this name.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model of this name.")] = False,
     checkpoint_every: Annotated[
@@ -71,6 +77,7 @@ def train(
         "out_dim": out_dim,
         "local_crops": local_crops,
         "local_size": local_size,
+        "method": method,
     }
     overrides = read_config(config_file) if config_file else {}
     overrides |= parse_settings(settings or [])
@@ -85,6 +92,8 @@ def train(
         seed=seed,
         device=device,
         overrides=overrides,
+        start=start,
+        teacher=teacher,
         resume=resume,
         overwrite=overwrite,
         strict=strict,
