@@ -24,6 +24,10 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Train so many steps; 0 saves the untrained model.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Train so many passes over the images.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Train so long, and end with a finished schedule.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(help="auto, dino, dinov2 (masked patches too; for a million images or more), or distill."),
+    ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal runs.")] = 0,
     device: DeviceOption = "auto",
     arch: Annotated[str | None, typer.Option(help="Any vision transformer of timm by name.")] = None,
@@ -45,7 +49,6 @@ def train(
         str | None,
         typer.Option("--from", metavar="MODEL", help="Go on with the weights of a model: a name, timm:NAME or a file."),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="What is learnt: dino, or distill from --teacher.")] = None,
     teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Learn from this stronger model.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run of this name.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model of this name.")] = False,
@@ -57,7 +60,7 @@ def train(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Teach a vision transformer from a folder of images, without labels (DINO).
+    """Teach a vision transformer from a folder of images, without labels.
 
     What is left out is chosen from the images and the machine, and printed.
 
@@ -69,6 +72,7 @@ def train(
     from dinosearch.vit.folder import models_path
 
     options = {
+        "method": None if method == "auto" else method,
         "arch": arch,
         "image_size": image_size,
         "patch_size": patch_size,
@@ -77,7 +81,6 @@ def train(
         "out_dim": out_dim,
         "local_crops": local_crops,
         "local_size": local_size,
-        "method": method,
     }
     overrides = read_config(config_file) if config_file else {}
     overrides |= parse_settings(settings or [])

@@ -74,13 +74,12 @@ class Distillation(Objective):
             wanted, wanted_patches = self._mentor(as_seen_by(self._mentor_facts, crops, self.recipe))
         features, patches = student.encode(resized(crops, self.recipe.image_size))
         n_batch = views[0].shape[1]
-        projected = student.patch_head(patches)
         return {
             "teacher_features": features.detach().float(),
             "teacher_logits": similarities(features.detach().float().unflatten(0, (2, n_batch))),
             "features": features.float(),
             "projected": student.head(features).float(),
-            "projected_patches": projected.float(),
+            "projected_patches": student.patch_head(patches).float(),
             "wanted": wanted.float(),
             "wanted_patches": on_grid(wanted_patches.float(), math.isqrt(patches.shape[1])),
         }

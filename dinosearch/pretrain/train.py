@@ -102,7 +102,12 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
         if mentor is not None:
             presets["local_crops"] = (0, "teacher and student see the same two crops")
         recipe, reasons = plan_recipe(
-            survey, accelerator=device.type != "cpu", overrides=config.overrides, presets=presets
+            survey,
+            accelerator=device.type != "cpu",
+            overrides=config.overrides,
+            presets=presets,
+            steps=config.steps,
+            epochs=config.epochs,
         )
         _tell(reasons, note)
         size = crop_size(recipe.image_size, mentor) if mentor else recipe.image_size
