@@ -9,10 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import dinosearch.pretrain.course as course
 import dinosearch.pretrain.warmstart as warmstart
 from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.pretrain.course import TrainReport
+from dinosearch.pretrain.quality import Quality
 from dinosearch.pretrain.train import TrainConfig, train
+from dinosearch.pretrain.warmstart import improved
 from dinosearch.vit.folder import ModelFacts, create_vit, open_model, save_model
 from dinosearch.vit.resolve import import_model
 
@@ -172,3 +175,32 @@ def test_a_small_model_learns_from_a_larger_one_and_resumes_to_the_same_bits(ima
 def test_a_teacher_and_distillation_go_together(images: Path, models: Path, settings: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         run(images, models, steps=1, **settings)
+
+
+def test_better_is_more_recall_and_then_more_rank() -> None:
+    start = Quality(recall_at_1=0.8, rank=10.0)
+    assert improved(Quality(0.9, 5.0), start)
+    assert improved(Quality(0.8, 11.0), start)
+    assert not improved(Quality(0.8, 10.0), start)
+    assert not improved(Quality(0.79, 50.0), start)
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_what_is_exported_is_never_worse_than_the_start(
+    images: Path, models: Path, monkeypatch: pytest.MonkeyPatch, better: bool
+) -> None:
+    def measured(backbone: torch.nn.Module, *_: Any, **__: Any) -> Quality:
+        trained = not torch.equal(backbone.state_dict()["norm.weight"], weights(models / "cats")["norm.weight"])
+        return Quality(recall_at_1=0.9 if trained == better else 0.8, rank=5.0)
+
+    monkeypatch.setattr(course, "measure_quality", measured)
+    said: list[str] = []
+    report = run(images, models, start="cats", steps=4, name="new", note=said.append, overrides={"freeze_backbone": 0})
+    cats, new = open_model(models / "cats"), open_model(models / "new")
+    assert report.fingerprint == new.fingerprint
+    same = all(torch.equal(tensor, weights(new.path)[name]) for name, tensor in weights(cats.path).items())
+    assert same == (not better)
+    assert any("nothing learnt improved on the start" in line for line in said) == (not better)
+    assert new.trained["start"]["exported"] == (not better)
+    assert new.trained["start"]["quality"]["recall_at_1"] == (0.8 if better else 0.9)
+    assert run(images, models, name="new", resume=True) == report

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from dinosearch.errors import UsageError
+from dinosearch.pretrain.quality import Quality
 from dinosearch.pretrain.recipe import usual_lr
 from dinosearch.vit.folder import ModelFacts, ModelFolder, Note, list_models, open_model, save_model
 from dinosearch.vit.released import read_released
@@ -112,6 +113,14 @@ def refuse_decided(overrides: Mapping[str, Any]) -> None:
     for name in DECIDED:
         if overrides.get(name) is not None:
             raise UsageError(f"{name.replace('_', '-')} comes from the model given by --from: leave it out")
+
+
+def improved(quality: Quality, start: Quality) -> bool:
+    """Whether features are better than the start's: more images find themselves, or as many in richer features.
+
+    Where a start finds every image already, its recall leaves nothing to gain, and the rank alone decides.
+    """
+    return (quality.recall_at_1, quality.rank) > (start.recall_at_1, start.rank)
 
 
 def keep_start(start: Start, folder: Path) -> None:
