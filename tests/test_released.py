@@ -216,6 +216,29 @@ def test_a_flat_mix_of_student_and_momentum_encoder_gives_the_momentum_encoder(t
     assert_same_vectors(read_released(path, image_size=None)[0], dino_vectors(teacher, images()))
 
 
+@pytest.mark.parametrize(
+    ("wrapper", "kept", "other"),
+    [
+        (None, "backbone.", "head."),
+        (None, "module.backbone.", "module.head."),
+        ("state_dict", "backbone.", "classifier."),  # solo-learn, its classifier trained online
+        ("state_dict", "momentum_backbone.", "backbone."),
+        ("state_dict", "teacher_backbone.vit.", "student_backbone.vit."),  # lightly
+        ("state_dict", "model.teacher.backbone.", "model.student.backbone."),
+        (None, "_model.", "_pool."),  # lightly-train, --part model or embedding_model
+        ("model", "wrapped_model._model.", "pool."),
+        ("model_state_dict", "", ""),
+    ],
+)
+def test_state_dicts_of_other_libraries_are_unwrapped(tmp_path, wrapper, kept, other):
+    state, wrong = tensors(dinov2_shapes(registers=4), seed=1), tensors(dinov2_shapes(registers=4), seed=2)
+    if "backbone" not in other:
+        wrong = tensors({"0.weight": (8, DIM)}) if kept else {}
+    mixed = {f"{other}{name}": t for name, t in wrong.items()} | {f"{kept}{name}": t for name, t in state.items()}
+    path = write(tmp_path / "last.ckpt", {wrapper: mixed, "epoch": 3, "hyper_parameters": {}} if wrapper else mixed)
+    assert_same_vectors(read_released(path, image_size=None)[0], dino_vectors(state, images()))
+
+
 @pytest.mark.parametrize("registers", [0, 4, 2])
 @pytest.mark.parametrize("mlp", ["mlp", "packed"])
 def test_dinov2_matches_the_original_forward_pass(tmp_path, registers, mlp):

@@ -10,8 +10,8 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from dinosearch.errors import DinosearchError, ModelNotFound
-from dinosearch.vit.folder import ModelFacts, create_vit, list_models, save_model
-from dinosearch.vit.resolve import DEFAULT_MODEL, resolve_model
+from dinosearch.vit.folder import ModelFacts, create_vit, list_models, open_model, save_model
+from dinosearch.vit.resolve import DEFAULT_MODEL, import_model, resolve_model
 
 FACTS = ModelFacts(
     arch="vit_tiny_patch16_224",
@@ -226,3 +226,34 @@ def test_the_newest_model_keeps_its_size_too(models):
 def test_the_weights_of_a_folder_are_its_model(models):
     assert resolve_model("models/cats/weights.safetensors", models=models).name == "cats"
     assert len(list(models.iterdir())) == 2
+
+
+def test_an_import_takes_a_name_and_a_size_and_is_found_again(models, tmp_path):
+    vit = create_vit(FACTS).eval()
+    torch.save(vit.state_dict(), tmp_path / "dino.pth")
+    small = import_model("dino.pth", models=models)
+    assert (small.name, small.image_size) == ("dino", 16)
+    large = import_model("dino.pth", models=models, name="large", image_size=32)
+    assert (large.path, large.image_size) == (models / "large", 32)
+    assert large.load_vit()(torch.ones(1, 3, 32, 32)).shape == (1, 64)
+    assert import_model("dino.pth", models=models) == small
+    assert import_model("dino.pth", models=models, image_size=32) == large
+    assert import_model("models/cats/weights.safetensors", models=models).name == "cats-2"
+    assert (
+        import_model("models/dogs", models=models, name="wolves").fingerprint == open_model(models / "dogs").fingerprint
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "message"),
+    [
+        ("dino.pth", "cats", "exists. Choose another --name"),
+        ("dino.pth", "a/b", "no name"),
+        ("gone.pth", None, "no file"),
+    ],
+)
+def test_an_import_refuses_what_it_cannot_do(models, tmp_path, spec, name, message):
+    torch.save(create_vit(FACTS).state_dict(), tmp_path / "dino.pth")
+    with pytest.raises(DinosearchError, match=message):
+        import_model(spec, models=models, name=name)
+    assert {model.name for model in list_models(models)} == {"cats", "dogs"}

@@ -1,40 +1,36 @@
-"""`models`: what models there are. A group, so that more can be done with models later."""
+"""`models`: what models there are, and `models import`: weights of others as one of them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dinosearch.cli import show
 from dinosearch.cli.index import JsonOption
 
+if TYPE_CHECKING:
+    from dinosearch.vit.folder import ModelFolder
+
 
 def add_to(app: typer.Typer) -> None:
     group = typer.Typer()
     group.callback(invoke_without_command=True)(models)
+    group.command("import")(import_weights)
     app.add_typer(group, name="models")
 
 
-def models(as_json: JsonOption = False) -> None:
+def models(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the models in models/ with their fingerprints and metrics, newest first.
 
     Example: dinosearch models
     """
+    if context.invoked_subcommand is not None:
+        return
     from dinosearch.vit.folder import list_models, models_path
 
     found = list_models(models_path(), note=show.note)
     if as_json:
         for model in found:
-            show.json_line(
-                {
-                    "model": model.name,
-                    "fingerprint": model.fingerprint,
-                    "arch": model.arch,
-                    "image_size": model.image_size,
-                    "dim": model.dim,
-                    "created": model.created,
-                    "trained": model.trained,
-                }
-            )
+            show.json_line(_facts(model))
         return
     if not found:
         show.note(f"no model in {models_path()}/. Train one: dinosearch train IMAGES")
@@ -43,6 +39,41 @@ def models(as_json: JsonOption = False) -> None:
         [(m.name, m.fingerprint, m.arch, m.image_size, m.dim, m.created[:10], _metrics(m.trained)) for m in found],
         wide=["model", "arch", "metrics"],
     )
+
+
+def import_weights(
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="A .pth or .safetensors file of DINO, DINOv2, DINOv3, or timm:NAME.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Name of the model; the file's name without.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the square the model sees, in pixels.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a model of released DINO, DINOv2 or DINOv3 weights, ready for index, query and train --from.
+
+    Example: dinosearch models import dinov2_vits14_pretrain.pth --image-size 224
+    """
+    from dinosearch.vit.folder import models_path
+    from dinosearch.vit.resolve import import_model
+
+    model = import_model(source, models=models_path(), name=name, image_size=image_size, note=show.note)
+    if as_json:
+        show.json_line(_facts(model))
+    else:
+        size = f"{model.image_size} px, {model.dim} dimensions"
+        show.line(f"{show.shown(model.path)}: {model.arch}, {size}, fingerprint {model.fingerprint}")
+
+
+def _facts(model: "ModelFolder") -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "arch": model.arch,
+        "image_size": model.image_size,
+        "dim": model.dim,
+        "created": model.created,
+        "trained": model.trained,
+    }
 
 
 def _metrics(trained: dict[str, Any]) -> str:

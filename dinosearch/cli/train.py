@@ -27,7 +27,8 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Train so many passes over the images.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Train so long, and end with a finished schedule.")] = None,
     method: Annotated[
-        str, typer.Option(help="auto, dino, or dinov2 (masked patches too; for a million images or more).")
+        str,
+        typer.Option(help="auto, dino, dinov2 (masked patches too; for a million images or more), or distill."),
     ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal runs.")] = 0,
     device: DeviceOption = "auto",
@@ -49,6 +50,11 @@ def train(
     config_file: Annotated[
         Path | None, typer.Option("--config", help="Take the recipe from a model.json, or a TOML or JSON file.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="MODEL", help="Go on with the weights of a model: a name, timm:NAME or a file."),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Learn from this stronger model.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run of this name.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model of this name.")] = False,
     checkpoint_every: Annotated[
@@ -111,6 +117,8 @@ def train(
         seed=seed,
         device=device,
         overrides=overrides,
+        start=start,
+        teacher=teacher,
         resume=resume,
         overwrite=overwrite,
         exclude=tuple(exclude or ()),

@@ -23,8 +23,10 @@ from dinosearch.pretrain.guard import Guard
 from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.logs import Log
 from dinosearch.pretrain.plan import Plan
+from dinosearch.pretrain.quality import measure_quality, sample_rows
 from dinosearch.pretrain.run import Run
-from dinosearch.vit.folder import ModelFolder, Note
+from dinosearch.pretrain.warmstart import improved
+from dinosearch.vit.folder import ModelFolder, Note, save_model
 
 UNTIMED_STEPS = 3
 """Allocation and compilation make the first steps slow; rates are taken from the end of the third."""
@@ -110,6 +112,7 @@ class Course:
         self.kept = kept
         self.trained = trained
         self.logs = logs
+        self.note = note
         self.first_step = 0
         self.health: Health | None = None
         self._losses: deque[Tensor] = deque(maxlen=LOOK_EVERY)
@@ -247,17 +250,23 @@ class Course:
         if stopped and step == 0:
             shutil.rmtree(self.folder)
             raise Interrupted("stopped before anything was learnt: there is nothing to save")
+        backbone: nn.Module = self.run.teacher.backbone
+        origin: dict[str, Any] = {}
+        if self.run.start is not None and not stopped:
+            backbone, judged = self._start_unless_improved(backbone, self.run.start)
+            origin = {"start": {**self.trained["start"], **judged}}
         loss = self.mean_loss()
         epochs = step * self.run.recipe.batch_size / len(self.bank)
         trained = {
             **self.trained,
+            **origin,
             "recipe": self.run.recipe.facts(),
             "steps": step,
             "epochs": round(epochs, 3),
             "loss": loss,
             "health": (self.health.facts() if self.health else {}) | {"alarms": self.guard.alarms},
         }
-        model = self.run.export(self.folder, trained=trained)
+        model = save_model(self.folder, backbone, self.run.facts, trained=trained)
         write_card(model)
         for log in self.logs:
             log.close()
@@ -270,7 +279,25 @@ class Course:
             stopped=stopped,
         )
         self._save(step, report=None if stopped else report)
-        return Progress("done", step, self.plan.total_steps, teacher=self.run.teacher.backbone, report=report)
+        return Progress("done", step, self.plan.total_steps, teacher=backbone, report=report)
+
+    def _start_unless_improved(self, backbone: nn.Module, start: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """What to export, and what model.json says of it: the start where the run has not made it better."""
+        run = self.run
+        rows = sample_rows(len(self.bank), batch_size=run.recipe.batch_size)
+        pixels, aspect = (torch.from_numpy(values[rows]) for values in (self.bank.pixels, self.bank.aspect))
+        found, before = (
+            measure_quality(net.to(run.device), pixels, aspect, run.recipe.views, device=run.device, seed=run.seed)
+            for net in (backbone, start)
+        )
+        better = improved(found, before)
+        if not better:
+            self.note(
+                f"nothing learnt improved on the start ({found.recall_at_1:.3f} of the sample recognised, by the start "
+                f"{before.recall_at_1:.3f}): its weights are exported"
+            )
+        judged = {"quality": before.facts(), "exported": not better}
+        return (backbone if better else start), judged
 
 
 def report_on(

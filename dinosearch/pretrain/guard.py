@@ -97,6 +97,6 @@ class Guard:
 
     def _begin_again(self) -> None:
         run = self.run
-        start = Run(run.recipe, seed=run.seed, device=run.device, start=run.start).state()
+        start = Run(run.recipe, seed=run.seed, device=run.device, start=run.start, mentor=run.mentor).state()
         run.put_back(start)
         self.sound_step, self._sound = 0, start

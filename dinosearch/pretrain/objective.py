@@ -16,6 +16,7 @@ from dinosearch.pretrain.masking import block_masks, masked_places, most_masked,
 from dinosearch.pretrain.net import MaskToken, Net
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.schedules import linear_then_constant
+from dinosearch.pretrain.views import ViewSettings
 
 Forwarded = dict[str, Tensor]
 """What the networks made of a batch. Every method gives `teacher_logits` [2, batch, out_dim] and
@@ -37,6 +38,11 @@ class Objective(nn.Module, ABC):
     """A method: heads, forward pass and loss. Its buffers are part of the run's state."""
 
     recipe: Recipe
+
+    @property
+    def view_settings(self) -> ViewSettings:
+        """The crops that a step is to make."""
+        return self.recipe.views
 
     @abstractmethod
     def heads(self, dim: int) -> dict[str, nn.Module]:

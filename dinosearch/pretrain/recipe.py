@@ -6,6 +6,7 @@ A recipe is a plain frozen dataclass: what is printed, recorded in `model.json` 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 from dinosearch.errors import UsageError
@@ -17,7 +18,7 @@ BASE_ARCH = "vit_tiny_patch16_224"
 """timm's architecture whose width, depth and patch size are changed where its own do not suit the images."""
 
 
-METHODS = ("dino", "dinov2")
+METHODS = ("dino", "dinov2", "distill")
 NORMALISATIONS = ("centering", "sinkhorn")
 DINOV2_IMAGES, DINOV2_STEPS = 1_000_000, 125_000
 """From so many of both on, dinov2 is chosen: its shortest published run (ViT-L/16, 100 × 1,250 steps on ImageNet).
@@ -42,7 +43,8 @@ class Recipe:
     views: ViewSettings = field(default_factory=ViewSettings)
     """The crops and their distortions."""
     method: str = "dino"
-    """What the student is asked to learn: "dino" (crops alike), or "dinov2" (hidden patches too, for many images)."""
+    """What the student is asked to learn: "dino" (crops alike), "dinov2" (hidden patches too, for many images), or
+    "distill" (what a stronger model makes of the images)."""
     batch_size: int = 64
     """Images per step; DINO works with small batches, and short runs need the steps."""
     out_dim: int = 1024
@@ -81,6 +83,10 @@ class Recipe:
     """Share of the run during which the prototypes stay as they are."""
     norm_last_layer: bool = True
     """Keep every prototype at unit length: steadier; without, small models learn a little more."""
+    feature_weight: float = 1.0
+    """Distillation: weight of following the teacher's features, beside its neighbours, which weigh 1."""
+    pooling: str = "token"
+    """What becomes the vector: "token" (class token) or "avg" (mean of the patch tokens)."""
     freeze_backbone: float = 0.0
     """Share of the run in which the heads alone learn: fresh heads would first undo what good weights know."""
     koleo_weight: float = 0.3
@@ -107,6 +113,7 @@ class Recipe:
             image_size=self.image_size,
             mean=self.views.mean,
             std=self.views.std,
+            pooling=self.pooling,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -133,13 +140,15 @@ def recipe_from_facts(facts: Mapping[str, Any]) -> Recipe:
 class _Choices:
     """Collects one value after another, the user's before ours, with the reason for each."""
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self.given = {name: value for name, value in given.items() if value is not None}
+    def __init__(self, given: Mapping[str, Any], presets: Mapping[str, tuple[Any, str]]) -> None:
+        asked = {name: value for name, value in given.items() if value is not None}
+        self.given = {name: value for name, (value, _) in presets.items()} | asked
+        self._whys = {name: why for name, (_, why) in presets.items() if name not in asked}
         self.reasons: list[Reason] = []
 
     def decide(self, name: str, value: Any, why: str) -> Any:
         if self.given.get(name, "auto") != "auto":
-            value, why = self.given[name], "as you asked"
+            value, why = self.given[name], self._whys.get(name, "as you asked")
         self.reasons.append(Reason(name.replace("_", " "), str(value), why))
         return value
 
@@ -149,16 +158,18 @@ def plan_recipe(
     *,
     accelerator: bool,
     overrides: Mapping[str, Any],
+    presets: Mapping[str, tuple[Any, str]] = MappingProxyType({}),
     steps: int | None = None,
     epochs: float | None = None,
 ) -> tuple[Recipe, list[Reason]]:
     """The recipe for these images on this machine, and the reason for each choice.
 
     overrides: what the user set, by the names of `Recipe` and `ViewSettings` (local_crops for n_local); None and
-    "auto" leave the choice here. accelerator: a GPU trains. steps, epochs: the length of the run, where it is known.
+    "auto" leave the choice here. presets: choices made elsewhere, with their reasons, that yield to the user's.
+    accelerator: a GPU trains. steps, epochs: the length of the run, where it is known.
     Raises UsageError when sizes do not go together.
     """
-    choices = _Choices(overrides)
+    choices = _Choices(overrides, presets)
     decide = choices.decide
     side = min(survey.width, survey.height)
     by_name = "arch" in choices.given
@@ -173,7 +184,7 @@ def plan_recipe(
         "local_crops", *((8, "as in DINO") if accelerator else (4, "half of DINO's: a CPU sees more images"))
     )
     channels, mean, std = _channels(survey, choices)
-    batch_size = decide("batch_size", *_batch_size(survey.n_images, accelerator))
+    batch_size = decide("batch_size", *usual_batch_size(survey.n_images, accelerator))
     if not 2 <= batch_size <= survey.n_images:
         raise UsageError(
             f"--batch-size {batch_size} does not go with {survey.n_images} images: choose 2 to {survey.n_images}"
@@ -347,7 +358,8 @@ def _method(n_images: int, steps: int | None) -> tuple[str, str]:
     return "dinov2", f"{n_images:,} images and {steps:,} steps are enough for it"
 
 
-def _batch_size(n_images: int, accelerator: bool) -> tuple[int, str]:
+def usual_batch_size(n_images: int, accelerator: bool) -> tuple[int, str]:
+    """What suits so many images, and why."""
     if accelerator and n_images >= 256:
         return 256, "fills a GPU; DINO works with small batches"
     if not accelerator and n_images >= 64:

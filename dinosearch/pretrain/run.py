@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinosearch.pretrain.dino import WeightNormLinear, update_teacher
+from dinosearch.pretrain.distill import Distillation, Mentor
 from dinosearch.pretrain.health import Health, look
 from dinosearch.pretrain.net import Net, create_backbone, layer_of
 from dinosearch.pretrain.objective import Forwarded, make_objective
@@ -38,14 +39,26 @@ class Outcome:
 class Run:
     """A student that learns from its teacher, step by step. All that is random comes from (seed, step)."""
 
-    def __init__(self, recipe: Recipe, *, seed: int, device: torch.device, start: nn.Module | None = None) -> None:
-        """start: a backbone of the recipe's architecture whose weights student and teacher begin with."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        seed: int,
+        device: torch.device,
+        start: nn.Module | None = None,
+        mentor: Mentor | None = None,
+    ) -> None:
+        """start: a backbone of the recipe's architecture whose weights student and teacher begin with.
+
+        mentor: the frozen model that a distillation learns from.
+        """
         torch.manual_seed(seed)
         self.recipe = recipe
         self.seed = seed
         self.device = device
         self.start = start
-        self.objective = make_objective(recipe).to(device)
+        self.mentor = mentor
+        self.objective = (Distillation(recipe, mentor.to(device)) if mentor else make_objective(recipe)).to(device)
         self.student = self._net(drop_path_rate=recipe.drop_path_rate)
         self.teacher = self._net(drop_path_rate=0.0).requires_grad_(False).eval()
         if start is not None:
@@ -68,7 +81,8 @@ class Run:
         """
         torch.manual_seed(self.seed * 1_000_003 + step)  # stochastic depth
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        views = multi_crop(self._to_device(pixels), torch.from_numpy(aspect), self.recipe.views, generator=generator)
+        crops = self.objective.view_settings
+        views = multi_crop(self._to_device(pixels), torch.from_numpy(aspect), crops, generator=generator)
         forwarded = self._forward(*self.objective.extend(views, generator=generator))
         terms = self.objective.terms(forwarded, done=done)
         self.optimizer.zero_grad(set_to_none=True)

@@ -24,12 +24,24 @@ from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
 from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
 from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
+from dinosearch.pretrain.distill import Mentor, crop_size, find_mentor
 from dinosearch.pretrain.gather import decode_pool, gather_images, images_digest
 from dinosearch.pretrain.logs import check_logs, open_logs
 from dinosearch.pretrain.plan import UNBOUNDED, Plan, plan_length
-from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts
+from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts, usual_batch_size
 from dinosearch.pretrain.run import Run
-from dinosearch.vit.folder import Note, free_name, quiet, remove_model
+from dinosearch.pretrain.warmstart import (
+    DECIDED,
+    SCRATCH,
+    Start,
+    choose_start,
+    gentle_presets,
+    keep_start,
+    kept_start,
+    refuse_decided,
+)
+from dinosearch.vit.folder import ModelFolder, Note, free_name, path_for, quiet, remove_model
+from dinosearch.vit.resolve import resolve_model
 
 FAILED = "failed.jsonl"
 """Lists the images that were left out, in the run's folder."""
@@ -59,6 +71,10 @@ class TrainConfig:
     """auto, cpu, cuda, cuda:N or mps."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """The user's choices among the recipe's, by name: see plan_recipe."""
+    start: str | None = None
+    """Model whose weights are gone on with, as resolve_model takes it; "scratch" for none, however few the images."""
+    teacher: str | None = None
+    """Model that `method` "distill" learns from, as resolve_model takes it."""
     resume: bool = False
     """Go on with the run of this name from its last checkpoint."""
     overwrite: bool = False
@@ -101,16 +117,23 @@ def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[
     digest = images_digest(images)
     if kept is None:
         survey = survey_images(images, pool, channels=config.overrides.get("channels") or 3)
+        batch_size = config.overrides.get("batch_size") or usual_batch_size(len(images), device.type != "cpu")[0]
+        start, mentor = _start(config, n_images=len(images), note=note), _mentor(config, note)
+        presets = gentle_presets(start.facts, batch_size=batch_size) if start else {}
+        if mentor is not None:
+            presets["local_crops"] = (0, "teacher and student see the same two crops")
         recipe, reasons = plan_recipe(
             survey,
             accelerator=device.type != "cpu",
             overrides=config.overrides,
+            presets=presets,
             steps=config.steps,
             epochs=config.epochs,
         )
         _tell(reasons, note)
         why = {reason.name: reason.why for reason in reasons}
-        seed, grey, side = config.seed, survey.grey, _bank_side(recipe, survey)
+        size = crop_size(recipe.image_size, mentor) if mentor else recipe.image_size
+        seed, grey, side = config.seed, survey.grey, _bank_side(size, survey)
     else:
         _refuse_other_settings(kept, config, digest=digest, folder=folder)
         if kept["report"] is not None:
@@ -120,13 +143,28 @@ def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[
         note(f"resuming {folder} at step {kept['step']} of {kept['total_steps']}")
         why = kept.get("reasons", {})
         recipe, seed, grey, side = recipe_from_facts(kept["recipe"]), kept["seed"], kept["grey"], kept["side"]
-    run = Run(recipe, seed=seed, device=device)
+        start = kept_start(folder / "training")
+        mentor = find_mentor(kept["teacher"]["fingerprint"], models=config.models) if "teacher" in kept else None
+    run = Run(
+        recipe,
+        seed=seed,
+        device=device,
+        start=start.backbone if start else None,
+        mentor=Mentor(mentor.load_vit(), mentor) if mentor else None,
+    )
     if config.overwrite and kept is None and folder.exists():
         remove_model(folder)
     (folder / "training").mkdir(parents=True, exist_ok=True)
+    if start is not None and kept is None:
+        keep_start(start, folder / "training")
+    origins: dict[str, Any] = {}
+    if start is not None:
+        origins["start"] = start.origin
+    if mentor is not None:
+        origins["teacher"] = {"model": mentor.name, "fingerprint": mentor.fingerprint}
     note(f"model: {folder}, on {describe_device(device)}")
     if config.steps == 0:
-        facts = _trained(config, recipe, seed=seed, n_images=len(images))
+        facts = _trained(config, recipe, seed=seed, n_images=len(images)) | origins
         facts |= {"method": "none", "steps": 0, "reasons": why}
         model = run.export(folder, trained=facts)
         write_card(model)
@@ -195,8 +233,11 @@ def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[
             "include_hidden": options.include_hidden,
             "reasons": why,
             "asked": _asked(config) if kept is None else kept["asked"],
+            **origins,
         },
-        trained=_trained(config, recipe, seed=seed, n_images=len(bank), n_failed=len(bank.failed)) | {"reasons": why},
+        trained=_trained(config, recipe, seed=seed, n_images=len(bank), n_failed=len(bank.failed))
+        | origins
+        | {"reasons": why},
         note=note,
         checkpoint=checkpoint,
         logs=open_logs(
@@ -254,12 +295,36 @@ def _scan_options(config: TrainConfig, kept: Mapping[str, Any]) -> ScanOptions:
     )
 
 
+def _start(config: TrainConfig, *, n_images: int, note: Note) -> Start | None:
+    given = config.overrides
+    if config.start not in (None, SCRATCH):
+        refuse_decided(given)
+    elif config.steps == 0:
+        return None
+    return choose_start(
+        config.start,
+        models=config.models,
+        n_images=n_images,
+        image_size=given.get("image_size"),
+        chosen=given.get("method") == "distill" or any(given.get(name) is not None for name in DECIDED),
+        note=note,
+    )
+
+
+def _mentor(config: TrainConfig, note: Note) -> ModelFolder | None:
+    if (config.overrides.get("method") == "distill") != (config.teacher is not None):
+        raise UsageError("--method distill and --teacher MODEL go together: give both, or neither")
+    if config.teacher is None:
+        return None
+    if config.overrides.get("local_crops"):
+        raise UsageError("--method distill makes no small crops: leave --local-crops out")
+    return resolve_model(config.teacher, models=config.models, note=note)
+
+
 def _folder_for(config: TrainConfig) -> Path:
     """Where the model goes. Raises UsageError when the name is taken and neither --resume nor --overwrite was given."""
     if config.name is not None:
-        if not config.name or Path(config.name).name != config.name or config.name.startswith("."):
-            raise UsageError(f"--name {config.name!r} is no name for a folder: leave out slashes and leading dots")
-        folder = config.models / config.name
+        folder = path_for(config.name, config.models)
         if folder.exists() and not (config.resume or config.overwrite):
             raise UsageError(f"{folder} exists. Choose another --name, or --resume it, or --overwrite it")
         return folder
@@ -289,12 +354,13 @@ def _refuse_other_settings(kept: Mapping[str, Any], config: TrainConfig, *, dige
 def _asked(config: TrainConfig) -> dict[str, Any]:
     """The settings that a resumed run must share, as JSON keeps them."""
     limits = {"steps": config.steps, "epochs": config.epochs, "minutes": config.minutes}
-    return json.loads(json.dumps(limits | {"seed": config.seed or None} | dict(config.overrides)))
+    given = limits | {"seed": config.seed or None, "from": config.start, "teacher": config.teacher}
+    return json.loads(json.dumps(given | dict(config.overrides)))
 
 
-def _bank_side(recipe: Recipe, survey: Survey) -> int:
-    wanted = max(8, 8 * round(recipe.image_size * BANK_MARGIN / 8))
-    return max(recipe.image_size, min(wanted, min(survey.width, survey.height)))
+def _bank_side(size: int, survey: Survey) -> int:
+    wanted = max(8, 8 * round(size * BANK_MARGIN / 8))
+    return max(size, min(wanted, min(survey.width, survey.height)))
 
 
 def _tell(reasons: list[Reason], note: Note) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dinosearch.errors import DinosearchError, ModelMismatch, ModelNotFound
+from dinosearch.errors import DinosearchError, ModelMismatch, ModelNotFound, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -296,6 +296,13 @@ def free_name(wanted: str, folder: Path) -> str:
     clean = re.sub(r"[^\w.+-]+", "-", wanted).strip("-.") or "images"
     names = [clean, *(f"{clean}-{i}" for i in range(2, 10_000))]
     return next(name for name in names if not (folder / name).exists())
+
+
+def path_for(name: str, models: Path) -> Path:
+    """The folder of the model that the user calls `name`. Raises UsageError for what is no name of a folder."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UsageError(f"--name {name!r} is no name for a folder: leave out slashes and leading dots")
+    return models / name
 
 
 def remove_model(path: Path) -> None:

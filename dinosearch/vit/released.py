@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _PATCHES = "patch_embed.proj.weight"
-_TREES = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model", "student")
+_TREES = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "student")
 """Where checkpoints keep weights, best first: the teacher beats its student (arXiv:2104.14294, section 5.2)."""
 
 _SIZES = {

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from dinosearch.errors import DinosearchError, ModelNotFound
+from dinosearch.errors import DinosearchError, ModelNotFound, UsageError
 from dinosearch.vit.folder import (
     LARGEST_DEFAULT_SIZE,
     ModelFacts,
@@ -21,6 +21,7 @@ from dinosearch.vit.folder import (
     free_name,
     list_models,
     open_model,
+    path_for,
     quiet,
     save_model,
 )
@@ -60,6 +61,27 @@ def resolve_model(spec: str | None, *, models: Path, note: Note = quiet, image_s
     )
 
 
+def import_model(
+    spec: str, *, models: Path, name: str | None = None, image_size: int | None = None, note: Note = quiet
+) -> ModelFolder:
+    """Convert a released file, or timm's weights (`timm:<name>`), into a folder of `models`, as first use would.
+
+    name: of the new folder; without one it is taken from the file, and an earlier import of the same is found again.
+    image_size: side of the square that the model will see; position embeddings are resized to it.
+    Raises UsageError for a name that is taken or is none, DinosearchError as resolve_model does.
+    """
+    if name is not None and path_for(name, models).exists():
+        raise UsageError(f"{models / name} exists. Choose another --name")
+    if spec.startswith("timm:"):
+        return _timm_model(spec, models=models, image_size=image_size, note=note, name=name)
+    path = Path(spec) / "weights.safetensors" if (Path(spec) / "model.json").is_file() else Path(spec)
+    if not path.is_file():
+        raise ModelNotFound(
+            f"no file {spec!r}. Name a .pth or .safetensors file of DINO, DINOv2 or DINOv3, or timm:<name>"
+        )
+    return _released_model(path, models=models, image_size=image_size, note=note, name=name)
+
+
 def _with_size(model: ModelFolder, image_size: int | None) -> ModelFolder:
     if image_size not in (None, model.image_size):
         raise DinosearchError(
@@ -79,9 +101,9 @@ def _known_import(source: str, *, models: Path, image_size: int | None) -> Model
     return None
 
 
-def _timm_model(spec: str, *, models: Path, image_size: int | None, note: Note) -> ModelFolder:
+def _timm_model(spec: str, *, models: Path, image_size: int | None, note: Note, name: str | None = None) -> ModelFolder:
     known = _known_import(spec, models=models, image_size=image_size)
-    if known:
+    if known and name is None:
         return known
     _prepare_hub()
     import timm
@@ -121,7 +143,8 @@ def _timm_model(spec: str, *, models: Path, image_size: int | None, note: Note) 
         raise DinosearchError(
             f"{arch} cannot be used ({first_line(error)}). Choose a vision transformer, vit_*"
         ) from error
-    return _import(vit, facts, name=arch, source=spec, models=models, by_default=image_size is None, note=note)
+    by_default = image_size is None
+    return _import(vit, facts, name=name or arch, source=spec, models=models, by_default=by_default, note=note)
 
 
 def _prepare_hub() -> None:
@@ -164,15 +187,19 @@ def _network_errors() -> tuple[type[BaseException], ...]:
     return (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 
 
-def _released_model(path: Path, *, models: Path, image_size: int | None, note: Note) -> ModelFolder:
+def _released_model(
+    path: Path, *, models: Path, image_size: int | None, note: Note, name: str | None = None
+) -> ModelFolder:
     from dinosearch.vit.released import read_released
 
     source = f"file:{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}"
     known = _known_import(source, models=models, image_size=image_size)
-    if known:
+    if known and name is None:
         return known
     vit, facts = read_released(path, image_size=image_size)
-    return _import(vit, facts, name=path.stem, source=source, models=models, by_default=image_size is None, note=note)
+    name = name or (path.parent.resolve().name if path.name == "weights.safetensors" else path.stem)
+    by_default = image_size is None
+    return _import(vit, facts, name=name, source=source, models=models, by_default=by_default, note=note)
 
 
 def _import(
