@@ -23,7 +23,7 @@ from dinosearch.pretrain.guard import Guard
 from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.plan import Plan
 from dinosearch.pretrain.run import Run
-from dinosearch.vit.folder import ModelFolder, Note
+from dinosearch.vit.folder import ModelFolder, Note, first_line
 
 UNTIMED_STEPS = 3
 """Allocation and compilation make the first steps slow; rates are taken from the end of the third."""
@@ -109,6 +109,7 @@ class Course:
         self.trained = trained
         self.first_step = 0
         self.health: Health | None = None
+        self.note = note
         self._losses: deque[Tensor] = deque(maxlen=LOOK_EVERY)
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._metrics_path = folder / "training" / "metrics.jsonl"
@@ -211,11 +212,14 @@ class Course:
         self._write_line({"step": step, "loss": loss, "lr": lr, "images_per_second": rate, **health})
 
     def _write_line(self, facts: Mapping[str, Any]) -> None:
-        with self._metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts, allow_nan=False) + "\n")
+        try:
+            with self._metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(facts, allow_nan=False) + "\n")
+        except OSError as error:
+            self.note(f"{self._metrics_path} lacks a line ({first_line(error)}); training goes on")
 
     def _save(self, step: int, *, report: TrainReport | None) -> bool:
-        """Write a checkpoint, unless a weight is no number."""
+        """Write a checkpoint, unless a weight is no number. On a full disk the ones before stay, and the run goes on."""
         losses = [loss.item() for loss in self._losses]
         if not self.run.finite() or not all(map(math.isfinite, losses)):
             return False
@@ -223,13 +227,16 @@ class Course:
             **self.kept,
             "recipe": self.run.recipe.facts(),
             "step": step,
-            "total_steps": self.plan.total_steps,
+            "plan": self.plan.facts(),
             "losses": losses,
             "guard": self.guard.facts(),
             "metrics_bytes": self._metrics_path.stat().st_size,
             "report": asdict(report) if report else None,
         }
-        save_checkpoint(self.folder / "training", step=step, tensors=self.guard.tensors(step), facts=facts)
+        try:
+            save_checkpoint(self.folder / "training", step=step, tensors=self.guard.tensors(step), facts=facts)
+        except OSError as error:
+            self.note(f"no checkpoint at step {step} ({first_line(error)}); the one before stays, training goes on")
         return True
 
     def _end(self, step: int, *, rate: float | None, stopped: bool) -> Progress:
@@ -250,8 +257,13 @@ class Course:
             "loss": loss,
             "health": (self.health.facts() if self.health else {}) | {"alarms": self.guard.alarms},
         }
-        model = self.run.export(self.folder, trained=trained)
-        write_card(model)
+        try:
+            model = self.run.export(self.folder, trained=trained)
+            write_card(model)
+        except OSError as error:
+            raise DinosearchError(
+                f"the model cannot be written ({first_line(error)}). Free some space; --resume then goes on"
+            ) from error
         report = report_on(
             model,
             trained,

@@ -21,7 +21,8 @@ from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
 from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
 from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
-from dinosearch.pretrain.plan import UNBOUNDED, Plan, plan_length
+from dinosearch.pretrain.memory import available_bytes, forecast, out_of_memory_explained, ways_to_save
+from dinosearch.pretrain.plan import plan_from_facts, plan_length
 from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts
 from dinosearch.pretrain.run import Run
 from dinosearch.vit.folder import Note, free_name, quiet, remove_model
@@ -62,12 +63,19 @@ class TrainConfig:
     """Seconds between checkpoints; a kill loses at most these."""
 
 
-def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
+def train(
+    config: TrainConfig,
+    *,
+    note: Note = quiet,
+    stop: Callable[[], bool] = lambda: False,
+    began: float | None = None,
+) -> Iterator[Progress]:
     """Train and save a model, yielding progress; the last item carries the report. `stop` is asked between steps.
 
+    began: in time.monotonic() seconds, when the command was given, if that was earlier; a time budget runs from there.
     Raises DinosearchError: no images, a taken name, sizes that do not fit, a run that goes wrong whatever is changed.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     device = choose_device(config.device)
     torch.set_num_threads(min(torch.get_num_threads(), n_cores()))  # a container's quota, not the host's cores
     _check(config)
@@ -89,7 +97,9 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
             note(f"{folder} is finished: nothing to resume")
             yield Progress("done", kept["step"], kept["step"], report=TrainReport(**kept["report"]))
             return
-        note(f"resuming {folder} at step {kept['step']} of {kept['total_steps']}")
+        note(f"resuming {folder} at step {kept['step']} of {kept['plan']['total_steps']}")
+        if kept["computed_on"] != describe_device(device):
+            note(f"it was begun on {kept['computed_on']}, not {describe_device(device)}: the end is not bit-equal")
         recipe, seed, grey, side = recipe_from_facts(kept["recipe"]), kept["seed"], kept["grey"], kept["side"]
     run = Run(recipe, seed=seed, device=device)
     if config.overwrite and kept is None and folder.exists():
@@ -125,9 +135,13 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
             note=note,
         )
     else:
-        plan = Plan(kept["total_steps"], deadline=None)
-        if plan.total_steps == UNBOUNDED:  # a time budget, stopped before any step was timed
-            plan.deadline = began + 60 * kept["asked"]["minutes"]
+        plan = plan_from_facts(kept["plan"])
+    foreseen = forecast(run, side=side, channels=bank.pixels.shape[1])
+    first_step = kept["step"] if kept else 0
+    plan.adapt(first_step, seconds_per_step=foreseen.seconds_per_step)
+    note(foreseen.told(n_steps=plan.total_steps - first_step, device=device))
+    if foreseen.device_bytes > available_bytes(device):
+        note(f"that may be too much: {ways_to_save(recipe)}")
     if device.type == "cuda" and plan.repays_compiling:
         if compiler_present():
             note("compiling the model, once per run (a minute or two)")
@@ -145,6 +159,7 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
             "grey": grey,
             "side": side,
             "images_digest": digest,
+            "computed_on": describe_device(device),
             "asked": _asked(config) if kept is None else kept["asked"],
         },
         trained=_trained(config, recipe, seed=seed, n_images=len(bank)),
