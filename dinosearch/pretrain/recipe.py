@@ -31,6 +31,8 @@ class Recipe:
     """Side of a patch in pixels."""
     views: ViewSettings = field(default_factory=ViewSettings)
     """The crops and their distortions."""
+    method: str = "dino"
+    """What the student is asked to learn: "dino"."""
     batch_size: int = 64
     """Images per step; DINO works with small batches, and short runs need the steps."""
     out_dim: int = 1024
@@ -47,6 +49,10 @@ class Recipe:
     """Share of the run during which the learning rate rises."""
     weight_decay: tuple[float, float] = (0.04, 0.4)
     """At the start and at the end, along a cosine; matrices only."""
+    layer_decay: float = 1.0
+    """Each block's learning rate as a share of that of the block above it; 1 treats all alike, DINOv2 takes 0.9."""
+    patch_embed_lr: float = 1.0
+    """The patch embedding's learning rate as a share of what is left for the lowest layer; DINOv2 takes 0.2."""
     clip_grad: float = 3.0
     """Largest norm of one parameter's gradient; 0 turns clipping off."""
     teacher_momentum: float = 0.99
@@ -63,11 +69,17 @@ class Recipe:
     """Share of itself that the center keeps per step; 0.999 collapses (table 8 of the paper)."""
     freeze_last_layer: float = 0.02
     """Share of the run during which the prototypes stay as they are."""
+    norm_last_layer: bool = True
+    """Keep every prototype at unit length: steadier; without, small models learn a little more."""
+    freeze_backbone: float = 0.0
+    """Share of the run in which the heads alone learn: fresh heads would first undo what good weights know."""
     koleo_weight: float = 0.3
     """Weight of the KoLeo regulariser on the student's global class tokens; 0 is plain DINO. Short runs gain from it:
     k-NN accuracy after 51,000 images of Fashion-MNIST was 0.744 at 0.3 and 0.725 at 1 (untrained 0.648)."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the student; 0.1 in the paper, for runs of many epochs."""
+    uniform_drop_path: bool = False
+    """The same stochastic depth in every block, as DINOv2 has it, instead of a rise from 0."""
 
     def model_facts(self) -> ModelFacts:
         """What the trained backbone's folder says of it: own models keep the whole short side of an image."""
