@@ -81,5 +81,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = blake3()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

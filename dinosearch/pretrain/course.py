@@ -114,7 +114,8 @@ class Course:
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._metrics_path = folder / "training" / "metrics.jsonl"
         if checkpoint is None:
-            self._metrics_path.write_bytes(b"")
+            if run.team.leads:
+                self._metrics_path.write_bytes(b"")
             self.guard = Guard(run, step=0, note=note)
         else:
             facts, tensors = checkpoint.facts, checkpoint.tensors()
@@ -122,18 +123,19 @@ class Course:
             run.put_back(tensors)
             self._losses.extend(torch.tensor(loss, device=run.device) for loss in facts["losses"])
             self.guard = Guard(run, step=self.first_step, note=note, remembered=facts["guard"], tensors=tensors)
-            if self._metrics_path.is_file():  # lines about steps that will be made again
+            if run.team.leads and self._metrics_path.is_file():  # lines about steps that will be made again
                 os.truncate(self._metrics_path, min(facts["metrics_bytes"], self._metrics_path.stat().st_size))
 
     def follow(self, *, checkpoint_every: float, strict: bool, stop: Callable[[], bool]) -> Iterator[Progress]:
-        batch = self.run.recipe.batch_size
+        batch, team = self.run.recipe.batch_size, self.run.team
         timed_from = saved_at = shown_at = time.monotonic()
         step = self.first_step
         n_made = 0
-        stopped = stop()
+        self.plan.total_steps, stopped = team.follow(self.plan.total_steps, stop())
         rate: float | None = None
         while step < self.plan.total_steps and not stopped:
             chosen = batch_indices(step, n=len(self.bank), batch_size=batch, seed=self.run.seed)
+            chosen = team.part(chosen)
             done = step / self.plan.total_steps
             outcome = self.run.step(self.bank.pixels[chosen], self.bank.aspect[chosen], step=step, done=done)
             self._losses.append(outcome.loss)
@@ -150,7 +152,10 @@ class Course:
             recent = self._seconds_per_step()
             if recent is not None:
                 self.plan.adapt(step, seconds_per_step=recent)
-            save = now - saved_at > checkpoint_every
+            # what depends on clocks and signals is decided by one process for all
+            self.plan.total_steps, save, stopped = team.follow(
+                self.plan.total_steps, now - saved_at > checkpoint_every, stop()
+            )
             last = step >= self.plan.total_steps
             if step % LOOK_EVERY == 0 or last or n_made == 1:
                 loss = self.mean_loss()
@@ -166,7 +171,6 @@ class Course:
             if now - shown_at > 0.1 and not last:
                 shown_at = now
                 yield self._progress(step)
-            stopped = stop()
         finished = step >= self.plan.total_steps
         yield self._end(step, rate=rate, stopped=not finished)
 
@@ -212,6 +216,8 @@ class Course:
         self._write_line({"step": step, "loss": loss, "lr": lr, "images_per_second": rate, **health})
 
     def _write_line(self, facts: Mapping[str, Any]) -> None:
+        if not self.run.team.leads:
+            return
         try:
             with self._metrics_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(facts, allow_nan=False) + "\n")
@@ -219,10 +225,12 @@ class Course:
             self.note(f"{self._metrics_path} lacks a line ({first_line(error)}); training goes on")
 
     def _save(self, step: int, *, report: TrainReport | None) -> bool:
-        """Write a checkpoint, unless a weight is no number. On a full disk the ones before stay, and the run goes on."""
+        """Write a checkpoint, unless a weight is no number. On a full disk those before stay, and the run goes on."""
         losses = [loss.item() for loss in self._losses]
         if not self.run.finite() or not all(map(math.isfinite, losses)):
             return False
+        if not self.run.team.leads:
+            return True
         facts = {
             **self.kept,
             "recipe": self.run.recipe.facts(),
@@ -245,8 +253,11 @@ class Course:
             step = self.guard.go_back()
             self._losses.clear()
         if stopped and step == 0:
-            shutil.rmtree(self.folder)
+            if self.run.team.leads:
+                shutil.rmtree(self.folder)
             raise Interrupted("stopped before anything was learnt: there is nothing to save")
+        if not self.run.team.leads:
+            return Progress("done", step, self.plan.total_steps)
         loss = self.mean_loss()
         epochs = step * self.run.recipe.batch_size / len(self.bank)
         trained = {

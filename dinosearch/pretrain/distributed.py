@@ -1,8 +1,8 @@
 """The processes of one run, as torchrun starts them: each learns from its part of every batch, all keep equal weights.
 
 Gradients are averaged over all processes in one piece after the backward pass: the backbone is called several times a
-step, which DistributedDataParallel's hooks do not expect. Every process reads the images itself, within its share of
-the machine's memory. Knows neither models nor images.
+step, which DistributedDataParallel's hooks do not expect. Every process reads the images itself. Knows neither models
+nor images.
 """
 
 import json

@@ -27,7 +27,7 @@ from dinosearch.pretrain.run import Run
 FOLLOWED_IMAGES = (4, 8)
 """Images of the steps whose allocations are followed."""
 TIMED_IMAGES = 16
-"""A step of so many images tells the speed of a CPU; a GPU is timed with all of them, which small batches leave idle."""
+"""A step of so many images tells a CPU's speed; a GPU, which small batches leave idle, is timed with all of them."""
 COPIES_KEPT = 2
 """Of the run's state in the CPU's memory: the last sound one, and the one being written as a checkpoint."""
 ALLOCATOR_ERRORS = ("out of memory", "t allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
@@ -52,7 +52,7 @@ class Forecast:
 def forecast(run: Run, *, side: int, channels: int) -> Forecast:
     """Rehearse on noise of the bank's shape; a run at its start is left as it was, bit for bit."""
     before = run.state()
-    share = run.recipe.batch_size
+    share = run.recipe.batch_size // run.team.size
     timelines = {}
     for n_images in (share,) if share <= FOLLOWED_IMAGES[-1] else FOLLOWED_IMAGES:
         run.put_back(before)  # so that each of these steps makes the optimizer's state

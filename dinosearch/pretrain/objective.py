@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dinosearch.pretrain.dino import DINOHead, DINOLoss
 from dinosearch.pretrain.dinov2 import koleo_loss
+from dinosearch.pretrain.distributed import ALONE, Team
 from dinosearch.pretrain.net import Net
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.schedules import linear_then_constant
@@ -35,6 +36,8 @@ class Objective(nn.Module, ABC):
     """A method: heads, forward pass and loss. Its buffers are part of the run's state."""
 
     recipe: Recipe
+    team: Team = ALONE
+    """The processes that share each batch: what is a mean over the batch has to be one over all of them."""
 
     @abstractmethod
     def heads(self, dim: int) -> dict[str, nn.Module]:
@@ -67,6 +70,10 @@ class Objective(nn.Module, ABC):
     def adopt(self, recipe: Recipe) -> None:
         """Go on by another recipe for the same architecture."""
         self.recipe = recipe
+
+    def join(self, team: Team) -> None:
+        """Share every batch with other processes from now on."""
+        self.team = team
 
     def teacher_temperature(self, done: float) -> float:
         recipe = self.recipe
@@ -117,7 +124,7 @@ class DINO(Objective):
         if self.recipe.koleo_weight > 0:
             n_globals = len(forwarded["teacher_features"])
             views = forwarded["features"][:n_globals].chunk(2)  # within a view: crops of one image may be alike
-            parts["koleo"] = koleo_loss(views[0]) + koleo_loss(views[1])
+            parts["koleo"] = sum(koleo_loss(self.team.gather(view)) for view in views)
             total = total + self.recipe.koleo_weight * parts["koleo"]
         return Terms(total, parts, temperature)
 
@@ -127,6 +134,10 @@ class DINO(Objective):
     @property
     def center(self) -> Tensor:
         return self.dino_loss.center
+
+    def join(self, team: Team) -> None:
+        super().join(team)
+        self.dino_loss.across = team.mean
 
     def adopt(self, recipe: Recipe) -> None:
         super().adopt(recipe)
