@@ -21,7 +21,9 @@ from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
 from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
 from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
-from dinosearch.pretrain.plan import UNBOUNDED, Plan, plan_length
+from dinosearch.pretrain.distributed import Team, teamwork
+from dinosearch.pretrain.memory import available_bytes, forecast, out_of_memory_explained, ways_to_save
+from dinosearch.pretrain.plan import plan_from_facts, plan_length
 from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts
 from dinosearch.pretrain.run import Run
 from dinosearch.vit.folder import Note, free_name, quiet, remove_model
@@ -62,17 +64,32 @@ class TrainConfig:
     """Seconds between checkpoints; a kill loses at most these."""
 
 
-def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
+def train(
+    config: TrainConfig,
+    *,
+    note: Note = quiet,
+    stop: Callable[[], bool] = lambda: False,
+    began: float | None = None,
+) -> Iterator[Progress]:
     """Train and save a model, yielding progress; the last item carries the report. `stop` is asked between steps.
 
+    began: in time.monotonic() seconds, when the command was given, if that was earlier; a time budget runs from there.
     Raises DinosearchError: no images, a taken name, sizes that do not fit, a run that goes wrong whatever is changed.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
+    _check(config)
     device = choose_device(config.device)
     torch.set_num_threads(min(torch.get_num_threads(), n_cores()))  # a container's quota, not the host's cores
-    _check(config)
+    with teamwork(device.type) as team:
+        items = _train(config, device, team, note=note if team.leads else quiet, stop=stop, began=began)
+        yield from (item for item in items if team.leads)
+
+
+def _train(
+    config: TrainConfig, device: torch.device, team: Team, *, note: Note, stop: Callable[[], bool], began: float
+) -> Iterator[Progress]:
     paths = _find(config.images)
-    folder = _folder_for(config)
+    folder = Path(team.told(lambda: str(_folder_for(config))))
     checkpoint = last_checkpoint(folder / "training", note=note) if config.resume else None
     kept = checkpoint.facts if checkpoint else None
     if config.resume and kept is None:
@@ -95,69 +112,80 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
             note(f"{folder} is finished: nothing to resume")
             yield Progress("done", kept["step"], kept["step"], report=TrainReport(**kept["report"]))
             return
-        note(f"resuming {folder} at step {kept['step']} of {kept['total_steps']}")
+        note(f"resuming {folder} at step {kept['step']} of {kept['plan']['total_steps']}")
+        if kept["computed_on"] != describe_machine(device, team):
+            note(f"it was begun on {kept['computed_on']}, not {describe_machine(device, team)}: not bit-equal any more")
         recipe, seed, grey, side = recipe_from_facts(kept["recipe"]), kept["seed"], kept["grey"], kept["side"]
-    run = Run(recipe, seed=seed, device=device)
-    if config.overwrite and kept is None and folder.exists():
-        remove_model(folder)
-    (folder / "training").mkdir(parents=True, exist_ok=True)
-    note(f"model: {folder}, on {describe_device(device)}")
-    if config.steps == 0:
-        facts = _trained(config, recipe, seed=seed, n_images=len(paths)) | {"method": "none", "steps": 0}
-        model = run.export(folder, trained=facts)
-        write_card(model)
-        yield Progress("done", 0, 0, report=report_on(model, facts, seconds=time.monotonic() - began))
-        return
+    _check_parts(recipe, team)
+    with out_of_memory_explained(recipe):
+        run = Run(recipe, seed=seed, device=device, team=team)
+        if team.leads:
+            if config.overwrite and kept is None and folder.exists():
+                remove_model(folder)
+            (folder / "training").mkdir(parents=True, exist_ok=True)
+        team.follow(0)  # nobody writes there before
+        note(f"model: {folder}, on {describe_machine(device, team)}")
+        if config.steps == 0:
+            if team.leads:
+                facts = _trained(config, recipe, seed=seed, n_images=len(paths)) | {"method": "none", "steps": 0}
+                model = run.export(folder, trained=facts)
+                write_card(model)
+                yield Progress("done", 0, 0, report=report_on(model, facts, seconds=time.monotonic() - began))
+            return
 
-    bank = ImageBank(paths, side=side, grey=grey, folder=folder / "training")
-    for n_read in bank.read():
-        yield Progress("reading", n_read, len(paths))
-        if stop():
-            break
-    if bank.failed:
-        path, reason = bank.failed[0]
-        note(f"{len(bank.failed)} of {len(paths)} files are left out, such as {path} ({reason})")
-    if len(bank) < recipe.batch_size:
-        raise UsageError(f"only {len(bank)} images can be read: choose --batch-size {len(bank)} or less")
-    steps_per_epoch = len(bank) // recipe.batch_size
-    if kept is None:
-        plan = plan_length(
-            steps=config.steps,
-            epochs=config.epochs,
-            minutes=config.minutes,
-            steps_per_epoch=steps_per_epoch,
-            device_type=device.type,
-            began=began,
-            note=note,
-        )
-    else:
-        plan = Plan(kept["total_steps"], deadline=None)
-        if plan.total_steps == UNBOUNDED:  # a time budget, stopped before any step was timed
-            plan.deadline = began + 60 * kept["asked"]["minutes"]
-    if device.type == "cuda" and plan.repays_compiling:
-        if compiler_present():
-            note("compiling the model, once per run (a minute or two)")
-            run.compile()
+        bank = ImageBank(paths, side=side, grey=grey, folder=folder / "training")
+        for n_read in bank.read():
+            yield Progress("reading", n_read, len(paths))
+            if stop() and team.size == 1:
+                break
+        if bank.failed:
+            path, reason = bank.failed[0]
+            note(f"{len(bank.failed)} of {len(paths)} files are left out, such as {path} ({reason})")
+        if len(bank) < recipe.batch_size:
+            raise UsageError(f"only {len(bank)} images can be read: choose --batch-size {len(bank)} or less")
+        if kept is None:
+            plan = plan_length(
+                steps=config.steps,
+                epochs=config.epochs,
+                minutes=config.minutes,
+                steps_per_epoch=len(bank) // recipe.batch_size,
+                device_type=device.type,
+                began=began,
+                note=note,
+            )
         else:
-            note("no C++ compiler found, so the model is not compiled and trains slower")
-    course = Course(
-        run,
-        bank,
-        plan,
-        folder=folder,
-        began=began,
-        kept={
-            "seed": seed,
-            "grey": grey,
-            "side": side,
-            "images_digest": digest,
-            "asked": _asked(config) if kept is None else kept["asked"],
-        },
-        trained=_trained(config, recipe, seed=seed, n_images=len(bank)),
-        note=note,
-        checkpoint=checkpoint,
-    )
-    yield from course.follow(checkpoint_every=config.checkpoint_every, strict=config.strict, stop=stop)
+            plan = plan_from_facts(kept["plan"])
+        foreseen = forecast(run, side=side, channels=bank.pixels.shape[1])
+        first_step = kept["step"] if kept else 0
+        plan.adapt(first_step, seconds_per_step=foreseen.seconds_per_step)
+        note(foreseen.told(n_steps=plan.total_steps - first_step, device=device))
+        if foreseen.device_bytes > available_bytes(device):
+            note(f"that may be too much: {ways_to_save(recipe)}")
+        if device.type == "cuda" and plan.repays_compiling:
+            if compiler_present():
+                note("compiling the model, once per run (a minute or two)")
+                run.compile()
+            else:
+                note("no C++ compiler found, so the model is not compiled and trains slower")
+        course = Course(
+            run,
+            bank,
+            plan,
+            folder=folder,
+            began=began,
+            kept={
+                "seed": seed,
+                "grey": grey,
+                "side": side,
+                "images_digest": digest,
+                "computed_on": describe_machine(device, team),
+                "asked": _asked(config) if kept is None else kept["asked"],
+            },
+            trained=_trained(config, recipe, seed=seed, n_images=len(bank)),
+            note=note,
+            checkpoint=checkpoint,
+        )
+        yield from course.follow(checkpoint_every=config.checkpoint_every, strict=config.strict, stop=stop)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -175,10 +203,13 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def describe_device(device: torch.device) -> str:
+def describe_machine(device: torch.device, team: Team) -> str:
+    """What decides about the last bits of a result, for people."""
+    processes = f"{team.size} processes with " if team.size > 1 else ""
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
+        return f"{processes}{device} ({torch.cuda.get_device_name(device)})"
+    n_threads = torch.get_num_threads()
+    return processes + (f"{n_threads} CPU thread{'s' * (n_threads != 1)}" if device.type == "cpu" else str(device))
 
 
 def _check(config: TrainConfig) -> None:
@@ -190,6 +221,14 @@ def _check(config: TrainConfig) -> None:
         raise UsageError("--steps must be 0 or more, --epochs and --minutes more than 0")
     if config.resume and config.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: choose one")
+
+
+def _check_parts(recipe: Recipe, team: Team) -> None:
+    n_parts = team.size * recipe.accumulate
+    if recipe.batch_size % n_parts or recipe.batch_size < 2 * n_parts:
+        best = max(2, round(recipe.batch_size / n_parts)) * n_parts
+        parts = f"{team.size} processes × --accumulate {recipe.accumulate}"
+        raise UsageError(f"a batch of {recipe.batch_size} cannot be cut evenly for {parts}. Try --batch-size {best}")
 
 
 def _find(folders: tuple[Path, ...]) -> list[Path]:
