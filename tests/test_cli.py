@@ -374,6 +374,8 @@ def test_attention_draws_a_picture(work):
     assert "model: models/tiny" in told.stderr
     assert Image.open(work / "cat-attention.png").format == "PNG"
     assert "labels.csv" in one_error(dinosearch("attention", "labels.csv", cwd=work, check=1))
+
+
 def test_released_weights_become_a_model(tiny_model, tmp_path):
     words = ("models", "import", tiny_model.weights_path, "--name", "mine")
     (row,) = json_of(*words, "--image-size", "16", cwd=tmp_path)

@@ -1,6 +1,7 @@
 """The masked-patch loss, Sinkhorn-Knopp and KoLeo against their definitions, written as loops."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -73,6 +74,40 @@ def test_sinkhorn_rows_are_probabilities_that_use_prototypes_alike_at_any_temper
     assert found.mean(dim=0).max() / found.mean(dim=0).min() < 1.2
     assert torch.softmax(logits, dim=1).mean(dim=0).max() > 2 * found.mean(dim=0).max()
     assert torch.isfinite(sinkhorn_knopp(100 * logits, everyone, temperature=0.01)).all()
+
+
+def test_sinkhorn_and_the_patch_center_are_those_of_the_whole_batch_in_every_process() -> None:
+    """Two processes that each hold some of the patches, in turns as threads."""
+    teacher, counted = random(10, 6), torch.tensor([True] * 3 + [False] * 2 + [True] * 5)
+    whole = sinkhorn_knopp(teacher, counted, temperature=0.5)
+    center = IBOTLoss(6)
+    center.update_center(teacher, counted)
+    meeting = threading.Barrier(2, timeout=20)
+    brought: list[torch.Tensor] = [torch.empty(0)] * 2
+    found: list[torch.Tensor] = [torch.empty(0)] * 2
+    centers = [IBOTLoss(6), IBOTLoss(6)]
+
+    def process(rank: int) -> None:
+        def across(tensor: torch.Tensor) -> torch.Tensor:
+            brought[rank] = tensor
+            meeting.wait()
+            mean = (brought[0] + brought[1]) / 2
+            meeting.wait()
+            return mean
+
+        rows = slice(5 * rank, 5 * rank + 5)
+        found[rank] = sinkhorn_knopp(teacher[rows], counted[rows], temperature=0.5, across=across)
+        centers[rank].across = across
+        centers[rank].update_center(teacher[rows], counted[rows])
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(torch.cat(found)[counted], whole[counted], rtol=1e-4, atol=1e-6)
+    for each in centers:
+        torch.testing.assert_close(each.center, center.center)
 
 
 def test_dino_with_sinkhorn_balances_both_crops_together_and_has_no_center() -> None:

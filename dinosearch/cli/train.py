@@ -1,5 +1,6 @@
 """`train`: a model from images."""
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,6 +41,12 @@ def train(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Images per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(min=1, help="Parts of a batch computed one after another, to save memory.")
+    ] = None,
+    checkpoint_activations: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="Save memory by computing blocks again in backward passes.")
+    ] = False,
     out_dim: Annotated[int | None, typer.Option(min=2, help="Number of prototypes.")] = None,
     local_crops: Annotated[int | None, typer.Option(min=0, help="Small crops of each image.")] = None,
     local_size: Annotated[int | None, typer.Option(min=1, help="Side of a small crop, in pixels.")] = None,
@@ -87,6 +94,7 @@ def train(
 
     Example: dinosearch train ./images --minutes 30
     """
+    began = time.monotonic()
     from dinosearch.pretrain.overrides import parse_settings, read_config
     from dinosearch.pretrain.train import TrainConfig
     from dinosearch.pretrain.train import train as run_training
@@ -100,6 +108,8 @@ def train(
         "channels": channels,
         "batch_size": batch_size,
         "lr": lr,
+        "accumulate": accumulate,
+        "checkpoint_activations": checkpoint_activations or None,
         "out_dim": out_dim,
         "local_crops": local_crops,
         "local_size": local_size,
@@ -130,7 +140,7 @@ def train(
     )
     report: TrainReport | None = None
     with asked_to_stop() as stop, show.Progress() as bar:
-        for progress in run_training(config, note=show.note, stop=stop):
+        for progress in run_training(config, note=show.note, stop=stop, began=began):
             bar.update(
                 progress.phase,
                 done=progress.done,
@@ -139,7 +149,8 @@ def train(
                 seconds_left=progress.seconds_left,
             )
             report = progress.report
-    assert report is not None
+    if report is None:  # of several processes, one speaks for all
+        return
     if as_json:
         facts = asdict(report) | {"model": Path(report.model).name}
         del facts["stopped"]

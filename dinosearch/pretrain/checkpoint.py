@@ -1,6 +1,7 @@
 """The last states of a run on disk: tensors as they are, the rest as JSON in the metadata of the same safetensors file.
 
-A file is written aside, flushed and renamed: a kill at any moment leaves it whole or absent.
+A file is written aside, flushed and renamed: a kill at any moment leaves it whole or absent. There are no states of
+random generators to keep: whatever is random in a run is drawn anew from (seed, step) or (seed, epoch).
 """
 
 import json
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from blake3 import blake3
 from torch import Tensor
 
 from dinosearch.errors import DinosearchError
@@ -36,13 +39,15 @@ class Checkpoint:
 def save_checkpoint(folder: Path, *, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write the state after `step` steps; then delete all but the last ones up to it.
 
-    Later ones are deleted too: after a step back they belong to a course that was given up.
+    Later ones are deleted too: after a step back they belong to a course that was given up. Raises OSError, on a full
+    disk say; what was there before is untouched then.
     """
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PATTERN.replace("*", f"{step:09}")
-    write_whole(path, save(dict(tensors), metadata={"facts": json.dumps(facts, allow_nan=False)}))
+    metadata = {"facts": json.dumps(facts, allow_nan=False), "digest": _digest(tensors)}
+    write_whole(path, save(dict(tensors), metadata=metadata))
     found = sorted(folder.glob(PATTERN))
     at = found.index(path)
     for old in found[: max(0, at + 1 - KEPT)] + found[at + 1 :]:
@@ -58,10 +63,23 @@ def last_checkpoint(folder: Path, *, note: Note = quiet) -> Checkpoint | None:
     for path in found:
         try:
             with safe_open(path, framework="pt") as file:
-                return Checkpoint(path, json.loads((file.metadata() or {})["facts"]))
+                metadata = file.metadata() or {}
+                checkpoint = Checkpoint(path, json.loads(metadata["facts"]))
+            if metadata["digest"] == _digest(checkpoint.tensors()):
+                return checkpoint
+            damage = f"{path} is damaged"
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             damage = f"{path} cannot be read ({first_line(error)})"
-            note(f"{damage}; trying the one before it")
+        note(f"{damage}; trying the one before it")
     if damage:
         raise DinosearchError(f"{damage}. Start over with --overwrite instead of --resume")
     return None
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Over all names and bytes: a disk that returns other bits than it was given is noticed."""
+    digest = blake3()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -26,7 +26,7 @@ from dinosearch.pretrain.plan import Plan
 from dinosearch.pretrain.quality import measure_quality, sample_rows
 from dinosearch.pretrain.run import Run
 from dinosearch.pretrain.warmstart import improved
-from dinosearch.vit.folder import ModelFolder, Note, save_model
+from dinosearch.vit.folder import ModelFolder, Note, first_line, save_model
 
 UNTIMED_STEPS = 3
 """Allocation and compilation make the first steps slow; rates are taken from the end of the third."""
@@ -119,7 +119,8 @@ class Course:
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._metrics_path = folder / "training" / "metrics.jsonl"
         if checkpoint is None:
-            self._metrics_path.write_bytes(b"")
+            if run.team.leads:
+                self._metrics_path.write_bytes(b"")
             self.guard = Guard(run, step=0, note=note)
         else:
             facts, tensors = checkpoint.facts, checkpoint.tensors()
@@ -127,21 +128,22 @@ class Course:
             run.put_back(tensors)
             self._losses.extend(torch.tensor(loss, device=run.device) for loss in facts["losses"])
             self.guard = Guard(run, step=self.first_step, note=note, remembered=facts["guard"], tensors=tensors)
-            if self._metrics_path.is_file():  # lines about steps that will be made again
+            if run.team.leads and self._metrics_path.is_file():  # lines about steps that will be made again
                 os.truncate(self._metrics_path, min(facts["metrics_bytes"], self._metrics_path.stat().st_size))
 
     def follow(self, *, checkpoint_every: float, strict: bool, stop: Callable[[], bool]) -> Iterator[Progress]:
-        batch = self.run.recipe.batch_size
+        batch, team = self.run.recipe.batch_size, self.run.team
         timed_from = saved_at = shown_at = time.monotonic()
         step = self.first_step
         n_made = 0
-        stopped = stop()
+        self.plan.total_steps, stopped = team.follow(self.plan.total_steps, stop())
         rate: float | None = None
         while step < self.plan.total_steps and not stopped:
             chosen = batch_indices(step, n=len(self.bank), batch_size=batch, seed=self.run.seed)
+            chosen = team.part(chosen)
             done = step / self.plan.total_steps
             pixels, aspect = self.bank.take(chosen)
-            self.bank.expect(batch_indices(step + 1, n=len(self.bank), batch_size=batch, seed=self.run.seed))
+            self.bank.expect(team.part(batch_indices(step + 1, n=len(self.bank), batch_size=batch, seed=self.run.seed)))
             outcome = self.run.step(pixels, aspect, step=step, done=done)
             self._losses.append(outcome.loss)
             step += 1
@@ -157,7 +159,10 @@ class Course:
             recent = self._seconds_per_step()
             if recent is not None:
                 self.plan.adapt(step, seconds_per_step=recent)
-            save = now - saved_at > checkpoint_every
+            # what depends on clocks and signals is decided by one process for all
+            self.plan.total_steps, save, stopped = team.follow(
+                self.plan.total_steps, now - saved_at > checkpoint_every, stop()
+            )
             last = step >= self.plan.total_steps
             if step % LOOK_EVERY == 0 or last or n_made == 1:
                 loss = self.mean_loss()
@@ -173,7 +178,6 @@ class Course:
             if now - shown_at > 0.1 and not last:
                 shown_at = now
                 yield self._progress(step)
-            stopped = stop()
         finished = step >= self.plan.total_steps
         yield self._end(step, rate=rate, stopped=not finished)
 
@@ -219,27 +223,37 @@ class Course:
         self._write_line({"step": step, "loss": loss, "lr": lr, "images_per_second": rate, **health})
 
     def _write_line(self, facts: Mapping[str, Any]) -> None:
-        with self._metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts, allow_nan=False) + "\n")
+        if not self.run.team.leads:
+            return
+        try:
+            with self._metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(facts, allow_nan=False) + "\n")
+        except OSError as error:
+            self.note(f"{self._metrics_path} lacks a line ({first_line(error)}); training goes on")
         for log in self.logs:
             log.write(facts)
 
     def _save(self, step: int, *, report: TrainReport | None) -> bool:
-        """Write a checkpoint, unless a weight is no number."""
+        """Write a checkpoint, unless a weight is no number. On a full disk those before stay, and the run goes on."""
         losses = [loss.item() for loss in self._losses]
         if not self.run.finite() or not all(map(math.isfinite, losses)):
             return False
+        if not self.run.team.leads:
+            return True
         facts = {
             **self.kept,
             "recipe": self.run.recipe.facts(),
             "step": step,
-            "total_steps": self.plan.total_steps,
+            "plan": self.plan.facts(),
             "losses": losses,
             "guard": self.guard.facts(),
             "metrics_bytes": self._metrics_path.stat().st_size,
             "report": asdict(report) if report else None,
         }
-        save_checkpoint(self.folder / "training", step=step, tensors=self.guard.tensors(step), facts=facts)
+        try:
+            save_checkpoint(self.folder / "training", step=step, tensors=self.guard.tensors(step), facts=facts)
+        except OSError as error:
+            self.note(f"no checkpoint at step {step} ({first_line(error)}); the one before stays, training goes on")
         return True
 
     def _end(self, step: int, *, rate: float | None, stopped: bool) -> Progress:
@@ -248,8 +262,11 @@ class Course:
             step = self.guard.go_back()
             self._losses.clear()
         if stopped and step == 0:
-            shutil.rmtree(self.folder)
+            if self.run.team.leads:
+                shutil.rmtree(self.folder)
             raise Interrupted("stopped before anything was learnt: there is nothing to save")
+        if not self.run.team.leads:
+            return Progress("done", step, self.plan.total_steps)
         backbone: nn.Module = self.run.teacher.backbone
         origin: dict[str, Any] = {}
         if self.run.start is not None and not stopped:
@@ -266,8 +283,13 @@ class Course:
             "loss": loss,
             "health": (self.health.facts() if self.health else {}) | {"alarms": self.guard.alarms},
         }
-        model = save_model(self.folder, backbone, self.run.facts, trained=trained)
-        write_card(model)
+        try:
+            model = save_model(self.folder, backbone, self.run.facts, trained=trained)
+            write_card(model)
+        except OSError as error:
+            raise DinosearchError(
+                f"the model cannot be written ({first_line(error)}). Free some space; --resume then goes on"
+            ) from error
         for log in self.logs:
             log.close()
         report = report_on(

@@ -1,5 +1,7 @@
 """DINO, self-distillation with no labels: head, loss and teacher update of arXiv 2104.14294, and nothing else."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -55,6 +57,8 @@ class DINOLoss(nn.Module):
     """Cross-entropy between the teacher's centered, sharpened assignment and the student's, over pairs of crops."""
 
     center: Tensor
+    across: Callable[[Tensor], Tensor] | None = None
+    """Where the batch is shared by several processes: a tensor's mean over them."""
 
     def __init__(self, out_dim: int, *, student_temperature: float = 0.1, center_momentum: float = 0.9) -> None:
         super().__init__()
@@ -86,6 +90,8 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def update_center(self, teacher: Tensor) -> None:
         mean = teacher.float().flatten(0, -2).mean(dim=0)
+        if self.across is not None:
+            mean = self.across(mean)
         self.center.lerp_(mean, 1.0 - self.center_momentum)
 
 

@@ -1,5 +1,7 @@
 """What DINOv2 (arXiv 2304.07193) adds to DINO: the masked-patch loss of iBOT, KoLeo and Sinkhorn-Knopp."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -7,6 +9,9 @@ from torch.nn import functional
 from dinosearch.pretrain.dino import DINOLoss
 
 SINKHORN_ITERATIONS = 3
+
+Across = Callable[[Tensor], Tensor]
+"""A tensor's mean over the processes that share a batch."""
 
 
 class IBOTLoss(nn.Module):
@@ -16,6 +21,7 @@ class IBOTLoss(nn.Module):
     """
 
     center: Tensor
+    across: Across | None = None
 
     def __init__(
         self, out_dim: int, *, student_temperature: float = 0.1, center_momentum: float = 0.9, sinkhorn: bool = False
@@ -45,14 +51,15 @@ class IBOTLoss(nn.Module):
     def assignments(self, teacher: Tensor, counted: Tensor, *, teacher_temperature: float) -> Tensor:
         """Teacher logits [n_patches, out_dim] → probabilities; counted: which patches are there, bool [n_patches]."""
         if self.sinkhorn:
-            return sinkhorn_knopp(teacher, counted, temperature=teacher_temperature)
+            return sinkhorn_knopp(teacher, counted, temperature=teacher_temperature, across=self.across)
         return torch.softmax((teacher.float() - self.center) / teacher_temperature, dim=-1)
 
     @torch.no_grad()
     def update_center(self, teacher: Tensor, counted: Tensor) -> None:
-        n_counted = counted.sum()
-        mean = (teacher.float() * counted[:, None]).sum(dim=0) / n_counted.clamp(min=1)
-        mean = torch.where(n_counted > 0, mean, self.center)
+        total, n_counted = (teacher.float() * counted[:, None]).sum(dim=0), counted.sum().float()
+        if self.across is not None:
+            total, n_counted = self.across(total), self.across(n_counted)
+        mean = torch.where(n_counted > 0, total / n_counted.clamp(min=1e-6), self.center)
         self.center.lerp_(mean, 1.0 - self.center_momentum)
 
 
@@ -63,23 +70,28 @@ class SinkhornDINOLoss(DINOLoss):
     def assignments(self, teacher: Tensor, *, teacher_temperature: float) -> Tensor:
         flat = teacher.flatten(0, -2)
         everything = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
-        return sinkhorn_knopp(flat, everything, temperature=teacher_temperature).view_as(teacher)
+        balanced = sinkhorn_knopp(flat, everything, temperature=teacher_temperature, across=self.across)
+        return balanced.view_as(teacher)
 
     def update_center(self, teacher: Tensor) -> None:
         """Nothing: balancing takes its place."""
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, counted: Tensor, *, temperature: float) -> Tensor:
+def sinkhorn_knopp(logits: Tensor, counted: Tensor, *, temperature: float, across: Across | None = None) -> Tensor:
     """Logits [n, out_dim] → probabilities [n, out_dim] that use every prototype about alike.
 
-    counted: which rows take part, bool [n]; the others get probabilities that mean nothing. Prototypes and rows are
-    scaled in turn (SwAV, arXiv 2006.09882, section 3.1), as logarithms, which sharp temperatures do not overflow.
+    counted: which rows take part, bool [n]; the others get probabilities that mean nothing. across: balance over the
+    rows of all processes. Prototypes and rows are scaled in turn (SwAV, arXiv 2006.09882, section 3.1), as
+    logarithms, which sharp temperatures do not overflow.
     """
     log_q = logits.float() / temperature
     absent = ~counted[:, None]
     for _ in range(SINKHORN_ITERATIONS):
         per_prototype = torch.logsumexp(log_q.masked_fill(absent, -torch.inf), dim=0)
+        if across is not None:
+            shift = across(per_prototype.max().clamp(min=-100.0))  # the same for all, and against overflow
+            per_prototype = across((per_prototype - shift).exp()).log() + shift
         log_q = log_q - torch.where(per_prototype.isfinite(), per_prototype, 0.0)
         log_q = log_q - torch.logsumexp(log_q, dim=1, keepdim=True)
     return log_q.exp()

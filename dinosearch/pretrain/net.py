@@ -1,12 +1,13 @@
 """A backbone and the heads that a method puts on it. Knows no loss and no optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.vit.folder import create_vit
@@ -57,6 +58,34 @@ class MaskToken(nn.Module):
         return torch.where(masks[..., None], self.weight.to(patches.dtype), patches)
 
 
+class FrugalBlocks(nn.Sequential):
+    """A backbone's blocks that keep little for the backward pass and compute the rest again there.
+
+    parts: cut the batch into so many, and hold what the blocks made of one part at a time; the loss still sees the
+    whole batch, so that centering, Sinkhorn and KoLeo are what they are without. each: keep each block's input only.
+    """
+
+    def __init__(self, blocks: nn.Sequential, *, parts: int, each: bool) -> None:
+        super().__init__(*blocks)
+        self.parts = parts
+        self.each = each
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.parts == 1:
+            return self._through(tokens)
+        made = [_recomputed(self._through, part) for part in tokens.chunk(self.parts)]
+        return torch.cat(made)
+
+    def _through(self, tokens: Tensor) -> Tensor:
+        for block in self:
+            tokens = _recomputed(block, tokens) if self.each else block(tokens)
+        return tokens
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    return checkpoint(function, tokens, use_reentrant=False) if torch.is_grad_enabled() else function(tokens)
+
+
 def create_backbone(recipe: Recipe, *, drop_path_rate: float, device: torch.device) -> nn.Module:
     """A randomly initialised timm backbone that takes crops of every size."""
     facts = recipe.model_facts()
@@ -66,6 +95,8 @@ def create_backbone(recipe: Recipe, *, drop_path_rate: float, device: torch.devi
     if recipe.uniform_drop_path and drop_path_rate > 0:  # timm's rate grows from 0 in the first block
         for block in backbone.blocks:
             block.drop_path1, block.drop_path2 = DropPath(drop_path_rate), DropPath(drop_path_rate)
+    if recipe.accumulate > 1 or recipe.checkpoint_activations:
+        backbone.blocks = FrugalBlocks(backbone.blocks, parts=recipe.accumulate, each=recipe.checkpoint_activations)
     n_tokens = (recipe.image_size // recipe.patch_size) ** 2
     if device.type == "cpu" and n_tokens <= FUSED_ATTENTION_TOKENS:
         attentions: list[Any] = [m for m in backbone.modules() if hasattr(m, "fused_attn")]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dinosearch.pretrain.dino import DINOHead, DINOLoss
 from dinosearch.pretrain.dinov2 import IBOTLoss, SinkhornDINOLoss, koleo_loss
+from dinosearch.pretrain.distributed import ALONE, Team
 from dinosearch.pretrain.masking import block_masks, masked_places, most_masked, patches_to_mask
 from dinosearch.pretrain.net import MaskToken, Net
 from dinosearch.pretrain.recipe import Recipe
@@ -38,6 +39,8 @@ class Objective(nn.Module, ABC):
     """A method: heads, forward pass and loss. Its buffers are part of the run's state."""
 
     recipe: Recipe
+    team: Team = ALONE
+    """The processes that share each batch: what is a mean over the batch has to be one over all of them."""
 
     @property
     def view_settings(self) -> ViewSettings:
@@ -75,6 +78,10 @@ class Objective(nn.Module, ABC):
     def adopt(self, recipe: Recipe) -> None:
         """Go on by another recipe for the same architecture."""
         self.recipe = recipe
+
+    def join(self, team: Team) -> None:
+        """Share every batch with other processes from now on."""
+        self.team = team
 
     def teacher_temperature(self, done: float) -> float:
         recipe = self.recipe
@@ -119,7 +126,7 @@ class DINO(Objective):
         if self.recipe.koleo_weight > 0:
             n_globals = len(forwarded["teacher_features"])
             views = forwarded["features"][:n_globals].chunk(2)  # within a view: crops of one image may be alike
-            parts["koleo"] = koleo_loss(views[0]) + koleo_loss(views[1])
+            parts["koleo"] = sum(koleo_loss(self.team.gather(view)) for view in views)
             total = total + self.recipe.koleo_weight * parts["koleo"]
         return Terms(total, parts, temperature)
 
@@ -129,6 +136,10 @@ class DINO(Objective):
     @property
     def center(self) -> Tensor:
         return self.dino_loss.center
+
+    def join(self, team: Team) -> None:
+        super().join(team)
+        self.dino_loss.across = team.mean
 
     def adopt(self, recipe: Recipe) -> None:
         super().adopt(recipe)
@@ -153,6 +164,8 @@ class DINOv2(DINO):
 
     def extend(self, views: tuple[Tensor, ...], *, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Masks [2 × batch, rows, columns], indices of hidden patches among all, and their weights."""
+        seeds = torch.randint(2**62, (self.team.size,), generator=generator)
+        generator = torch.Generator().manual_seed(int(seeds[self.team.rank]))  # crops are shared, masks are one's own
         recipe, device = self.recipe, views[0].device
         n_images, grid = 2 * views[0].shape[1], views[0].shape[-1] // recipe.patch_size
         limits: Any = {"probability": recipe.mask_probability, "ratio": recipe.mask_ratio}
@@ -187,6 +200,10 @@ class DINOv2(DINO):
         )
         total = terms.total + self.recipe.ibot_weight * loss
         return Terms(total, terms.parts | {"ibot": loss}, terms.teacher_temperature)
+
+    def join(self, team: Team) -> None:
+        super().join(team)
+        self.ibot_loss.across = team.mean
 
     def adopt(self, recipe: Recipe) -> None:
         super().adopt(recipe)

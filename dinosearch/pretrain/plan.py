@@ -1,7 +1,9 @@
 """How long a run is: a number of steps, or as many as fit before a deadline. Knows the clock and no model."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dinosearch.vit.folder import Note, quiet
 
@@ -13,6 +15,8 @@ LEAST_STEPS = 200
 COMPILE_FROM_STEPS = 2_000
 COMPILE_FROM_MINUTES = 10.0
 """torch.compile takes a minute or two; shorter runs on a GPU go without."""
+ENDING_SECONDS = 1.0
+"""Of a time budget are kept for writing the model, its page and the last checkpoint."""
 UNBOUNDED = 2**62
 """Steps of a run that only its deadline ends."""
 
@@ -37,6 +41,11 @@ class Plan:
         left = max(0.0, self.deadline - time.monotonic())
         self.total_steps = min(self.most_steps, max(step + 1, step + int(left / seconds_per_step)))
 
+    def facts(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON keeps it: of a time budget, what is left of it now."""
+        seconds_left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        return {"total_steps": self.total_steps, "seconds_left": seconds_left, "most_steps": self.most_steps}
+
     @property
     def repays_compiling(self) -> bool:
         if self.deadline is None:
@@ -60,7 +69,16 @@ def plan_length(
     if epochs is not None:
         return Plan(max(1, round(epochs * steps_per_epoch)), None)
     if minutes is not None:
-        return Plan(UNBOUNDED, began + 60 * minutes)
+        return Plan(UNBOUNDED, began + 60 * minutes - ENDING_SECONDS)
     steps, minutes = max(LEAST_STEPS, DEFAULT_EPOCHS * steps_per_epoch), DEFAULT_MINUTES[device_type]
     note(f"length: {minutes:g} minutes, or {steps} steps if they take less (--minutes, --steps or --epochs choose)")
     return Plan(steps, began + 60 * minutes, most_steps=steps)
+
+
+def plan_from_facts(facts: Mapping[str, Any]) -> Plan:
+    """The plan that `Plan.facts` told, going on now: of a time budget only what was left is planned.
+
+    Starting and reading again are not taken from it, or a run resumed near its end could not finish its schedules.
+    """
+    left = facts["seconds_left"]
+    return Plan(facts["total_steps"], None if left is None else time.monotonic() + left, most_steps=facts["most_steps"])

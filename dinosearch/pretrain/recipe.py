@@ -47,6 +47,10 @@ class Recipe:
     "distill" (what a stronger model makes of the images)."""
     batch_size: int = 64
     """Images per step; DINO works with small batches, and short runs need the steps."""
+    accumulate: int = 1
+    """Parts of a batch that go through the blocks one after another: less memory, the same result, a quarter slower."""
+    checkpoint_activations: bool = False
+    """Keep the blocks' inputs only, and compute the rest again in the backward pass: less memory, a quarter slower."""
     out_dim: int = 1024
     """Number of prototypes. Few images need few: 65,536 suit a million images, 1,024 some ten thousand."""
     head_hidden_dim: int = 512

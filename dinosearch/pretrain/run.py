@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from dinosearch.pretrain.dino import WeightNormLinear, update_teacher
 from dinosearch.pretrain.distill import Distillation, Mentor
+from dinosearch.pretrain.distributed import ALONE, Team
 from dinosearch.pretrain.health import Health, look
 from dinosearch.pretrain.net import Net, create_backbone, layer_of
 from dinosearch.pretrain.objective import Forwarded, make_objective
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.schedules import cosine
-from dinosearch.pretrain.views import multi_crop
+from dinosearch.pretrain.views import BatchGenerator, multi_crop
 from dinosearch.vit.folder import ModelFacts, ModelFolder, n_features, save_model
 
 
@@ -47,10 +48,11 @@ class Run:
         device: torch.device,
         start: nn.Module | None = None,
         mentor: Mentor | None = None,
+        team: Team = ALONE,
     ) -> None:
         """start: a backbone of the recipe's architecture whose weights student and teacher begin with.
 
-        mentor: the frozen model that a distillation learns from.
+        mentor: the frozen model that a distillation learns from. team: the processes that share every batch.
         """
         torch.manual_seed(seed)
         self.recipe = recipe
@@ -58,7 +60,9 @@ class Run:
         self.device = device
         self.start = start
         self.mentor = mentor
+        self.team = team
         self.objective = (Distillation(recipe, mentor.to(device)) if mentor else make_objective(recipe)).to(device)
+        self.objective.join(team)
         self.student = self._net(drop_path_rate=recipe.drop_path_rate)
         self.teacher = self._net(drop_path_rate=0.0).requires_grad_(False).eval()
         if start is not None:
@@ -75,12 +79,16 @@ class Run:
         self._forward = torch.compile(self._forward_crops)
 
     def step(self, pixels: np.ndarray, aspect: np.ndarray, *, step: int, done: float) -> Outcome:
-        """Learn from one batch: uint8 [batch, channels, side, side], and [batch] width / height.
+        """Learn from one batch: uint8 [batch, channels, side, side], and [batch] width / height; of a team, from its
+        part of the batch, which all parts have the size of.
 
         step: its number, which seeds the crops. done: share of the run that is over, which sets the schedules.
         """
-        torch.manual_seed(self.seed * 1_000_003 + step)  # stochastic depth
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        seed = self.seed * 1_000_003 + step
+        torch.manual_seed(seed * self.team.size + self.team.rank)  # stochastic depth
+        generator = BatchGenerator()
+        generator.team = self.team
+        generator.manual_seed(seed)
         crops = self.objective.view_settings
         views = multi_crop(self._to_device(pixels), torch.from_numpy(aspect), crops, generator=generator)
         forwarded = self._forward(*self.objective.extend(views, generator=generator))
@@ -88,11 +96,12 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         terms.total.backward()
         self._freeze(done)
+        parts = {name: part.detach() for name, part in terms.parts.items()}
+        self.team.average([*(p.grad for p in self.student.parameters() if p.grad is not None), *parts.values()])
         self._clip()
         lr = self._set_schedules(done)
         self.optimizer.step()
         update_teacher(self.teacher, self.student, momentum=cosine(self.recipe.teacher_momentum, 1.0, done))
-        parts = {name: part.detach() for name, part in terms.parts.items()}
         return Outcome(
             loss=next(iter(parts.values())),
             terms=parts,
@@ -108,11 +117,11 @@ class Run:
         self.objective.adopt(recipe)
 
     def look(self, outcome: Outcome, *, loss: float) -> Health:
-        """The teacher's health at a step; loss: mean of the last steps."""
-        assignments = self.objective.assignments(
-            outcome.teacher_logits.flatten(0, 1), teacher_temperature=outcome.teacher_temperature
-        )
-        return look(assignments, outcome.teacher_features, center=self.objective.center, loss=loss)
+        """The teacher's health at a step, over the whole batch; loss: mean of the last steps."""
+        logits = self.team.gather(outcome.teacher_logits, dim=1)
+        features = self.team.gather(outcome.teacher_features)
+        assignments = self.objective.assignments(logits.flatten(0, 1), teacher_temperature=outcome.teacher_temperature)
+        return look(assignments, features, center=self.objective.center, loss=loss)
 
     @torch.no_grad()
     def finite(self) -> bool:

@@ -25,9 +25,11 @@ from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
 from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
 from dinosearch.pretrain.distill import Mentor, crop_size, find_mentor
+from dinosearch.pretrain.distributed import Team, teamwork
 from dinosearch.pretrain.gather import decode_pool, gather_images, images_digest
 from dinosearch.pretrain.logs import check_logs, open_logs
-from dinosearch.pretrain.plan import UNBOUNDED, Plan, plan_length
+from dinosearch.pretrain.memory import available_bytes, forecast, out_of_memory_explained, ways_to_save
+from dinosearch.pretrain.plan import plan_from_facts, plan_length
 from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts, usual_batch_size
 from dinosearch.pretrain.run import Run
 from dinosearch.pretrain.warmstart import (
@@ -93,21 +95,62 @@ class TrainConfig:
     """"tensorboard", "wandb" or both, beside metrics.jsonl."""
 
 
-def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
+def train(
+    config: TrainConfig,
+    *,
+    note: Note = quiet,
+    stop: Callable[[], bool] = lambda: False,
+    began: float | None = None,
+) -> Iterator[Progress]:
     """Train and save a model, yielding progress; the last item carries the report. `stop` is asked between steps.
 
+    began: in time.monotonic() seconds, when the command was given, if that was earlier; a time budget runs from there.
     Raises DinosearchError: no images, a taken name, sizes that do not fit, a run that goes wrong whatever is changed.
     """
-    with decode_pool() as pool:
-        yield from _train(config, pool, note=note, stop=stop)
-
-
-def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[[], bool]) -> Iterator[Progress]:
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
+    _check(config)
     device = choose_device(config.device)
     torch.set_num_threads(min(torch.get_num_threads(), n_cores()))  # a container's quota, not the host's cores
-    _check(config)
-    folder = _folder_for(config)
+    with teamwork(device.type) as team, decode_pool() as pool:
+        items = _train(config, device, team, pool, note=note if team.leads else quiet, stop=stop, began=began)
+        yield from (item for item in items if team.leads)
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What a run begins with, chosen anew or taken from a checkpoint."""
+
+    recipe: Recipe
+    seed: int
+    grey: bool
+    side: int
+    why: dict[str, str]
+    """Reasons by the recipe's names."""
+    start: Start | None
+    mentor: ModelFolder | None
+
+    @property
+    def origins(self) -> dict[str, Any]:
+        """Of which models it learnt, for checkpoints and model.json."""
+        origins: dict[str, Any] = {}
+        if self.start is not None:
+            origins["start"] = self.start.origin
+        if self.mentor is not None:
+            origins["teacher"] = {"model": self.mentor.name, "fingerprint": self.mentor.fingerprint}
+        return origins
+
+
+def _train(
+    config: TrainConfig,
+    device: torch.device,
+    team: Team,
+    pool: DecodePool,
+    *,
+    note: Note,
+    stop: Callable[[], bool],
+    began: float,
+) -> Iterator[Progress]:
+    folder = Path(team.told(lambda: str(_folder_for(config))))
     checkpoint = last_checkpoint(folder / "training", note=note) if config.resume else None
     kept = checkpoint.facts if checkpoint else None
     if config.resume and kept is None:
@@ -116,138 +159,169 @@ def _train(config: TrainConfig, pool: DecodePool, *, note: Note, stop: Callable[
     images = gather_images(_specs(config), options, note=note)
     digest = images_digest(images)
     if kept is None:
-        survey = survey_images(images, pool, channels=config.overrides.get("channels") or 3)
-        batch_size = config.overrides.get("batch_size") or usual_batch_size(len(images), device.type != "cpu")[0]
-        start, mentor = _start(config, n_images=len(images), note=note), _mentor(config, note)
-        presets = gentle_presets(start.facts, batch_size=batch_size) if start else {}
-        if mentor is not None:
-            presets["local_crops"] = (0, "teacher and student see the same two crops")
-        recipe, reasons = plan_recipe(
-            survey,
-            accelerator=device.type != "cpu",
-            overrides=config.overrides,
-            presets=presets,
-            steps=config.steps,
-            epochs=config.epochs,
-        )
-        _tell(reasons, note)
-        why = {reason.name: reason.why for reason in reasons}
-        size = crop_size(recipe.image_size, mentor) if mentor else recipe.image_size
-        seed, grey, side = config.seed, survey.grey, _bank_side(size, survey)
+        beginning = _choose(config, images, device=device, pool=pool, note=note)
     else:
         _refuse_other_settings(kept, config, digest=digest, folder=folder)
         if kept["report"] is not None:
             note(f"{folder} is finished: nothing to resume")
             yield Progress("done", kept["step"], kept["step"], report=TrainReport(**kept["report"]))
             return
-        note(f"resuming {folder} at step {kept['step']} of {kept['total_steps']}")
-        why = kept.get("reasons", {})
-        recipe, seed, grey, side = recipe_from_facts(kept["recipe"]), kept["seed"], kept["grey"], kept["side"]
-        start = kept_start(folder / "training")
-        mentor = find_mentor(kept["teacher"]["fingerprint"], models=config.models) if "teacher" in kept else None
-    run = Run(
-        recipe,
-        seed=seed,
-        device=device,
-        start=start.backbone if start else None,
-        mentor=Mentor(mentor.load_vit(), mentor) if mentor else None,
-    )
-    if config.overwrite and kept is None and folder.exists():
-        remove_model(folder)
-    (folder / "training").mkdir(parents=True, exist_ok=True)
-    if start is not None and kept is None:
-        keep_start(start, folder / "training")
-    origins: dict[str, Any] = {}
-    if start is not None:
-        origins["start"] = start.origin
-    if mentor is not None:
-        origins["teacher"] = {"model": mentor.name, "fingerprint": mentor.fingerprint}
-    note(f"model: {folder}, on {describe_device(device)}")
-    if config.steps == 0:
-        facts = _trained(config, recipe, seed=seed, n_images=len(images)) | origins
-        facts |= {"method": "none", "steps": 0, "reasons": why}
-        model = run.export(folder, trained=facts)
-        write_card(model)
-        yield Progress("done", 0, 0, report=report_on(model, facts, seconds=time.monotonic() - began))
-        return
+        note(f"resuming {folder} at step {kept['step']} of {kept['plan']['total_steps']}")
+        if kept["computed_on"] != describe_machine(device, team):
+            note(f"it was begun on {kept['computed_on']}, not {describe_machine(device, team)}: not bit-equal any more")
+        beginning = _remember(kept, config, folder=folder)
+    recipe, start, mentor = beginning.recipe, beginning.start, beginning.mentor
+    _check_parts(recipe, team)
+    with out_of_memory_explained(recipe):
+        run = Run(
+            recipe,
+            seed=beginning.seed,
+            device=device,
+            start=start.backbone if start else None,
+            mentor=Mentor(mentor.load_vit(), mentor) if mentor else None,
+            team=team,
+        )
+        if team.leads:
+            if config.overwrite and kept is None and folder.exists():
+                remove_model(folder)
+            (folder / "training").mkdir(parents=True, exist_ok=True)
+            if start is not None and kept is None:
+                keep_start(start, folder / "training")
+        team.follow(0)  # nobody writes there before
+        note(f"model: {folder}, on {describe_machine(device, team)}")
+        trained = _trained(config, beginning, n_images=len(images))
+        if config.steps == 0:
+            if team.leads:
+                trained |= {"method": "none", "steps": 0}
+                model = run.export(folder, trained=trained)
+                write_card(model)
+                yield Progress("done", 0, 0, report=report_on(model, trained, seconds=time.monotonic() - began))
+            return
 
-    bank = ImageBank(
-        images,
-        pool,
-        side=side,
-        grey=grey,
-        channels=recipe.channels,
-        folder=folder / "training",
-        limit=config.cache_bytes,
-    )
-    note(f"cache: {bank}")
-    for n_read in bank.read():
-        yield Progress("reading", n_read, len(images))
-        if stop() and n_read < len(images):
-            if kept is not None:
-                raise Interrupted(f"stopped while reading: {folder} is as it was, --resume goes on from there")
-            shutil.rmtree(folder)
-            raise Interrupted("stopped before anything was learnt: there is nothing to save")
-    bank.write_failed(folder / "training" / FAILED)
-    if bank.failed:
-        path, bad = bank.failed[0]
-        note(
-            f"{len(bank.failed)} of {len(images)} images are left out, such as {path} ({bad}); "
-            f"all are listed in {folder / 'training' / FAILED}"
+        bank = ImageBank(
+            images,
+            pool,
+            side=beginning.side,
+            grey=beginning.grey,
+            channels=recipe.channels,
+            folder=folder / "training",
+            limit=config.cache_bytes,
         )
-    if len(bank) < recipe.batch_size:
-        raise UsageError(f"only {len(bank)} images can be read: choose --batch-size {len(bank)} or less")
-    steps_per_epoch = len(bank) // recipe.batch_size
-    if kept is None:
-        plan = plan_length(
-            steps=config.steps,
-            epochs=config.epochs,
-            minutes=config.minutes,
-            steps_per_epoch=steps_per_epoch,
-            device_type=device.type,
-            began=began,
-            note=note,
-        )
-    else:
-        plan = Plan(kept["total_steps"], deadline=None)
-        if plan.total_steps == UNBOUNDED:  # a time budget, stopped before any step was timed
-            plan.deadline = began + 60 * kept["asked"]["minutes"]
-    if device.type == "cuda" and plan.repays_compiling:
-        if compiler_present():
-            note("compiling the model, once per run (a minute or two)")
-            run.compile()
+        note(f"cache: {bank}")
+        for n_read in bank.read():
+            yield Progress("reading", n_read, len(images))
+            if stop() and n_read < len(images) and team.size == 1:
+                if kept is not None:
+                    raise Interrupted(f"stopped while reading: {folder} is as it was, --resume goes on from there")
+                shutil.rmtree(folder)
+                raise Interrupted("stopped before anything was learnt: there is nothing to save")
+        if team.leads:
+            bank.write_failed(folder / "training" / FAILED)
+        if bank.failed:
+            path, bad = bank.failed[0]
+            note(
+                f"{len(bank.failed)} of {len(images)} images are left out, such as {path} ({bad}); "
+                f"all are listed in {folder / 'training' / FAILED}"
+            )
+        if len(bank) < recipe.batch_size:
+            raise UsageError(f"only {len(bank)} images can be read: choose --batch-size {len(bank)} or less")
+        if kept is None:
+            plan = plan_length(
+                steps=config.steps,
+                epochs=config.epochs,
+                minutes=config.minutes,
+                steps_per_epoch=len(bank) // recipe.batch_size,
+                device_type=device.type,
+                began=began,
+                note=note,
+            )
         else:
-            note("no C++ compiler found, so the model is not compiled and trains slower")
-    course = Course(
-        run,
-        bank,
-        plan,
-        folder=folder,
-        began=began,
-        kept={
-            "seed": seed,
-            "grey": grey,
-            "side": side,
-            "images_digest": digest,
-            "exclude": options.exclude,
-            "include_hidden": options.include_hidden,
-            "reasons": why,
-            "asked": _asked(config) if kept is None else kept["asked"],
-            **origins,
-        },
-        trained=_trained(config, recipe, seed=seed, n_images=len(bank), n_failed=len(bank.failed))
-        | origins
-        | {"reasons": why},
-        note=note,
-        checkpoint=checkpoint,
-        logs=open_logs(
-            config.logs,
-            folder / "training",
-            config=recipe.facts() | {"seed": seed, "images": len(bank)},
-            first_step=checkpoint.facts["step"] if checkpoint else 0,
-        ),
+            plan = plan_from_facts(kept["plan"])
+        foreseen = forecast(run, side=beginning.side, channels=bank.pixels.shape[1])
+        first_step = kept["step"] if kept else 0
+        plan.adapt(first_step, seconds_per_step=foreseen.seconds_per_step)
+        note(foreseen.told(n_steps=plan.total_steps - first_step, device=device))
+        if foreseen.device_bytes > available_bytes(device):
+            note(f"that may be too much: {ways_to_save(recipe)}")
+        if device.type == "cuda" and plan.repays_compiling:
+            if compiler_present():
+                note("compiling the model, once per run (a minute or two)")
+                run.compile()
+            else:
+                note("no C++ compiler found, so the model is not compiled and trains slower")
+        course = Course(
+            run,
+            bank,
+            plan,
+            folder=folder,
+            began=began,
+            kept={
+                "seed": beginning.seed,
+                "grey": beginning.grey,
+                "side": beginning.side,
+                "images_digest": digest,
+                "exclude": options.exclude,
+                "include_hidden": options.include_hidden,
+                "computed_on": describe_machine(device, team),
+                "reasons": beginning.why,
+                "asked": _asked(config) if kept is None else kept["asked"],
+                **beginning.origins,
+            },
+            trained=trained | {"images": len(bank), "failed": len(bank.failed)},
+            note=note,
+            checkpoint=checkpoint,
+            logs=open_logs(
+                config.logs if team.leads else (),
+                folder / "training",
+                config=recipe.facts() | {"seed": beginning.seed, "images": len(bank)},
+                first_step=first_step,
+            ),
+        )
+        yield from course.follow(checkpoint_every=config.checkpoint_every, strict=config.strict, stop=stop)
+
+
+def _choose(
+    config: TrainConfig, images: Sequence[TrainingImage], *, device: torch.device, pool: DecodePool, note: Note
+) -> _Beginning:
+    """What a new run begins with, told to `note`."""
+    accelerator = device.type != "cpu"
+    survey = survey_images(images, pool, channels=config.overrides.get("channels") or 3)
+    batch_size = config.overrides.get("batch_size") or usual_batch_size(len(images), accelerator)[0]
+    start, mentor = _start(config, n_images=len(images), note=note), _mentor(config, note)
+    presets = gentle_presets(start.facts, batch_size=batch_size) if start else {}
+    if mentor is not None:
+        presets["local_crops"] = (0, "teacher and student see the same two crops")
+    recipe, reasons = plan_recipe(
+        survey,
+        accelerator=accelerator,
+        overrides=config.overrides,
+        presets=presets,
+        steps=config.steps,
+        epochs=config.epochs,
     )
-    yield from course.follow(checkpoint_every=config.checkpoint_every, strict=config.strict, stop=stop)
+    _tell(reasons, note)
+    size = crop_size(recipe.image_size, mentor) if mentor else recipe.image_size
+    return _Beginning(
+        recipe,
+        seed=config.seed,
+        grey=survey.grey,
+        side=_bank_side(size, survey),
+        why={reason.name: reason.why for reason in reasons},
+        start=start,
+        mentor=mentor,
+    )
+
+
+def _remember(kept: Mapping[str, Any], config: TrainConfig, *, folder: Path) -> _Beginning:
+    return _Beginning(
+        recipe_from_facts(kept["recipe"]),
+        seed=kept["seed"],
+        grey=kept["grey"],
+        side=kept["side"],
+        why=kept.get("reasons", {}),
+        start=kept_start(folder / "training"),
+        mentor=find_mentor(kept["teacher"]["fingerprint"], models=config.models) if "teacher" in kept else None,
+    )
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -265,10 +339,13 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def describe_device(device: torch.device) -> str:
+def describe_machine(device: torch.device, team: Team) -> str:
+    """What decides about the last bits of a result, for people."""
+    processes = f"{team.size} processes with " if team.size > 1 else ""
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
+        return f"{processes}{device} ({torch.cuda.get_device_name(device)})"
+    n_threads = torch.get_num_threads()
+    return processes + (f"{n_threads} CPU thread{'s' * (n_threads != 1)}" if device.type == "cpu" else str(device))
 
 
 def _check(config: TrainConfig) -> None:
@@ -281,6 +358,14 @@ def _check(config: TrainConfig) -> None:
     check_logs(config.logs)
     if config.resume and config.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: choose one")
+
+
+def _check_parts(recipe: Recipe, team: Team) -> None:
+    n_parts = team.size * recipe.accumulate
+    if recipe.batch_size % n_parts or recipe.batch_size < 2 * n_parts:
+        best = max(2, round(recipe.batch_size / n_parts)) * n_parts
+        parts = f"{team.size} processes × --accumulate {recipe.accumulate}"
+        raise UsageError(f"a batch of {recipe.batch_size} cannot be cut evenly for {parts}. Try --batch-size {best}")
 
 
 def _specs(config: TrainConfig) -> list[str]:
@@ -370,12 +455,14 @@ def _tell(reasons: list[Reason], note: Note) -> None:
         note(f"  {reason.name:<{width}}  {reason.value:<{value_width}}  {reason.why}")
 
 
-def _trained(config: TrainConfig, recipe: Recipe, *, seed: int, n_images: int, n_failed: int = 0) -> dict[str, Any]:
+def _trained(config: TrainConfig, beginning: _Beginning, *, n_images: int) -> dict[str, Any]:
     return {
-        "method": recipe.method,
+        "method": beginning.recipe.method,
         "data": _specs(config),
         "images": n_images,
-        "failed": n_failed,
-        "seed": seed,
-        "recipe": recipe.facts(),
+        "failed": 0,
+        "seed": beginning.seed,
+        "recipe": beginning.recipe.facts(),
+        "reasons": beginning.why,
+        **beginning.origins,
     }

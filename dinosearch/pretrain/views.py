@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dinosearch.pretrain.distributed import ALONE, Team
+
 ASPECT_RANGE = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 """Both as torchvision's RandomResizedCrop."""
@@ -224,6 +226,17 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
 
+class BatchGenerator(torch.Generator):
+    """The CPU generator of a batch that a team shares: all draw for the whole batch, and each keeps its part.
+
+    So the crops are those of one process, whatever the number of processes.
+    """
+
+    team: Team = ALONE
+
+
 def _draw(shape: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform in 0..1, from the CPU's generator on every device."""
-    return torch.rand(shape, generator=generator)
+    """Uniform in 0..1, from the CPU's generator on every device. The first dimension is that of the images."""
+    n, *others = shape if isinstance(shape, tuple) else (shape,)
+    team = generator.team if isinstance(generator, BatchGenerator) else ALONE
+    return team.part(torch.rand((n * team.size, *others), generator=generator))

@@ -1,0 +1,154 @@
+"""What a rehearsal foresees is what a run takes, and the ways to take less change no result."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dinosearch.pretrain.run as run_module
+from dinosearch.errors import DinosearchError
+from dinosearch.pretrain.memory import _Followed, _peak, forecast, out_of_memory_explained
+from dinosearch.pretrain.recipe import Recipe
+from dinosearch.pretrain.run import Run
+from dinosearch.pretrain.views import ViewSettings
+
+CPU = torch.device("cpu")
+TINY = Recipe(
+    arch="vit_tiny_patch16_224",
+    arch_kwargs={"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    image_size=16,
+    patch_size=4,
+    views=ViewSettings(global_size=16, local_size=8, n_local=2),
+    batch_size=8,
+    out_dim=64,
+    head_hidden_dim=32,
+    head_bottleneck_dim=16,
+    warmup=0.0,
+    freeze_last_layer=0.0,
+)
+NOISE = np.random.default_rng(0).integers(0, 256, (8, 3, 16, 16), dtype=np.uint8)
+SQUARE = np.ones(8, dtype=np.float32)
+
+
+def test_the_highest_sum_of_living_tensors_is_followed() -> None:
+    with _Followed("cpu") as followed:
+        first = torch.zeros(1000)  # 4,000 bytes
+        second = first + 1
+        second.add_(first)
+        del first
+        third = second[:10].clone()
+        del second, third
+        torch.zeros(1)
+    assert max(followed.timeline) == 8000
+    assert followed.timeline[-1] == 4
+
+
+def test_a_peak_is_drawn_out_operation_by_operation() -> None:
+    # weights of 100 bytes last; 10 bytes per image are held halfway, 1 at the end
+    assert _peak({4: [40, 104], 8: [80, 108]}, wanted=64) == 640
+    assert _peak({4: [40, 104], 8: [80, 108]}, wanted=2) == 102
+    assert _peak({8: [80, 108]}, wanted=8) == 108
+
+
+def test_a_forecast_leaves_the_run_as_it_was() -> None:
+    run = Run(TINY, seed=0, device=CPU)
+    before = run.state()
+    foreseen = forecast(run, side=16, channels=3)
+    assert foreseen.seconds_per_step > 0
+    after = run.state()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in run.student.parameters())
+
+
+@pytest.mark.parametrize(
+    "frugal", [{"accumulate": 4}, {"checkpoint_activations": True}, {"accumulate": 2, "checkpoint_activations": True}]
+)
+def test_frugal_ways_learn_what_the_whole_batch_teaches(
+    frugal: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "has_bf16", lambda _device: False)
+    states, peaks = [], []
+    for recipe in (TINY, replace(TINY, **frugal)):
+        run = Run(recipe, seed=0, device=CPU)
+        for group in run.optimizer.param_groups:
+            group["eps"] = 1e-4  # Adam would blow up the rounding of gradients that are zero
+        for step in range(3):
+            with _Followed("cpu") as followed:
+                run.step(NOISE, SQUARE, step=step, done=step / 3)
+        states.append(run.state())
+        peaks.append(max(followed.timeline))
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-4, atol=2e-5)
+    assert peaks[1] < 0.8 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        ),
+    ],
+)
+def test_without_memory_one_line_says_what_to_turn(error: Exception) -> None:
+    with pytest.raises(DinosearchError) as told, out_of_memory_explained(TINY):
+        raise error
+    for option in ("--accumulate 2 (now 1)", "--checkpoint-activations", "below 8", "than 2", "--image-size than 16"):
+        assert option in str(told.value)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_explained(TINY):
+        raise RuntimeError("shapes differ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("side", "dim", "depth", "batch", "out_dim"),
+    [(28, 128, 4, 128, 1024), (32, 192, 12, 64, 4096), (96, 384, 6, 16, 16384)],
+)
+def test_the_forecast_is_within_a_quarter_of_what_a_run_takes(
+    side: int, dim: int, depth: int, batch: int, out_dim: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, (side, dim, depth, batch, out_dim))],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    foreseen, before, taken = map(float, done.stdout.split())
+    assert foreseen == pytest.approx(taken, rel=0.25)
+    assert foreseen - before == pytest.approx(taken - before, rel=0.35)
+
+
+MEASURE = """
+import resource, sys, numpy as np, torch
+from safetensors.torch import save
+from dinosearch.pretrain.memory import forecast, resident_bytes
+from dinosearch.pretrain.recipe import Recipe
+from dinosearch.pretrain.run import Run
+from dinosearch.pretrain.views import ViewSettings
+torch.set_num_threads(1)
+side, dim, depth, batch, out_dim = map(int, sys.argv[1:])
+views = ViewSettings(global_size=side, local_size=side // 2, n_local=4)
+sizes = {"img_size": side, "patch_size": side // 4, "embed_dim": dim, "depth": depth, "num_heads": dim // 64}
+recipe = Recipe("vit_tiny_patch16_224", sizes, side, side // 4, views=views, batch_size=batch, out_dim=out_dim)
+run = Run(recipe, seed=0, device=torch.device("cpu"))
+before = resident_bytes()
+foreseen = forecast(run, side=side, channels=3).device_bytes
+noise = np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), dtype=np.uint8)
+for step in range(3):
+    run.step(noise, np.ones(batch, dtype=np.float32), step=step, done=0.5)
+kept = run.state()
+written = save(run.state())
+print(foreseen, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
