@@ -7,10 +7,11 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +23,9 @@ from dinosearch.pretrain.checkpoint import Checkpoint, save_checkpoint
 from dinosearch.pretrain.guard import Guard
 from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.plan import Plan
+from dinosearch.pretrain.quality import Best, Look, Quality, measure_quality, sample_rows
 from dinosearch.pretrain.run import Run
-from dinosearch.vit.folder import ModelFolder, Note
+from dinosearch.vit.folder import ModelFacts, ModelFolder, Note
 
 UNTIMED_STEPS = 3
 """Allocation and compilation make the first steps slow; rates are taken from the end of the third."""
@@ -31,6 +33,11 @@ RECENT_STEPS = 100
 """Over so many steps the speed is taken that plans the rest of a time budget."""
 LOOK_EVERY = 50
 """Steps between entries of metrics.jsonl, and looks at the teacher's health."""
+MEASURE_EVERY = 200
+"""Steps between measurements of quality: each costs about two steps, so all of them some 1 % of a run."""
+
+Evaluate = Callable[[nn.Module, ModelFacts], float]
+"""Accuracy, 0..1, of a backbone in eval mode whose inputs are made as the facts say; whoever calls knows labels."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class TrainReport:
     resumed_from_step: int | None
     health: dict[str, Any]
     """The last look at the teacher, and under `alarms` what went wrong on the way and what was changed."""
+    quality: dict[str, Any] = field(default_factory=dict)
+    """Recall and rank of the weights exported, and the step that they are of."""
     stopped: bool = False
     """The run was asked to stop before its end; --resume goes on."""
 
@@ -74,6 +83,10 @@ class Progress:
     """Mean DINO loss of the last steps; ln(out_dim) means that nothing is learnt."""
     health: Health | None = None
     """The last look at the teacher."""
+    quality: Quality | None = None
+    """The last measurement of its features."""
+    knn_top1: float | None = None
+    """With labels, their k-NN accuracy then."""
     teacher: nn.Module | None = None
     """The teacher's backbone as it is now, for whoever wants to measure it."""
     report: TrainReport | None = None
@@ -95,10 +108,13 @@ class Course:
         trained: Mapping[str, Any],
         note: Note,
         checkpoint: Checkpoint | None = None,
+        evaluate: Evaluate | None = None,
+        select: str = "quality",
     ) -> None:
         """kept: what every checkpoint says beside its state. trained: what model.json says beside the outcome.
 
-        checkpoint: what to go on from.
+        checkpoint: what to go on from. evaluate: accuracy by labels. select: "quality" or "labels", what chooses the
+        weights that are exported.
         """
         self.run = run
         self.bank = bank
