@@ -89,6 +89,52 @@ def test_koleo_changes_what_is_learnt_and_zero_is_plain_dino() -> None:
     assert students[0][0] == students[2][0]  # what is reported is DINO's loss alone
 
 
+def test_layers_learn_at_rates_that_decay_with_their_depth() -> None:
+    run = Run(replace(TINY, layer_decay=0.5, patch_embed_lr=0.2), seed=0, device=CPU)
+    run.step(*batch(), step=0, done=0.0)
+    names = {parameter: name for name, parameter in run.student.named_parameters()}
+    found = {names[p]: group for group in run.optimizer.param_groups for p in group["params"]}
+    assert set(found) == {name for name, p in run.student.named_parameters() if p.requires_grad}
+    for start, share in (
+        ("head.mlp.0.weight", 1.0),
+        ("backbone.norm.weight", 1.0),
+        ("backbone.blocks.1.mlp.fc1.weight", 0.5),
+        ("backbone.blocks.0.norm1.bias", 0.25),
+        ("backbone.pos_embed", 0.125),
+        ("backbone.cls_token", 0.125),
+        ("backbone.patch_embed.proj.weight", 0.125 * 0.2),
+        ("backbone.patch_embed.proj.bias", 0.125 * 0.2),
+    ):
+        assert found[start]["lr"] == pytest.approx(1e-2 * share), start
+        assert (found[start]["weight_decay"] > 0) == (run.student.get_parameter(start).ndim > 1), start
+
+
+def test_only_the_head_learns_while_the_backbone_is_frozen() -> None:
+    run = Run(replace(TINY, freeze_backbone=0.3, freeze_last_layer=0.0), seed=0, device=CPU)
+    before = copies(run.student)
+    run.step(*batch(), step=0, done=0.2)
+    after = copies(run.student)
+    assert all(
+        torch.equal(before[name], after[name]) == name.startswith("backbone.") for name in before if "_g" not in name
+    )
+    state = run.state()
+    again = Run(run.recipe, seed=0, device=CPU)
+    again.put_back(state)
+    losses = [r.step(*batch(), step=1, done=0.5).loss for r in (run, again)]
+    assert losses[0] == losses[1]
+    assert not torch.equal(run.student.state_dict()["backbone.pos_embed"], before["backbone.pos_embed"])
+    assert torch.equal(*(r.student.state_dict()["backbone.pos_embed"] for r in (run, again)))
+
+
+def test_a_run_starts_from_the_weights_it_is_given() -> None:
+    start = Run(TINY, seed=5, device=CPU).teacher.backbone
+    run = Run(TINY, seed=0, device=CPU, start=start)
+    for net in (run.student, run.teacher):
+        found = copies(net.backbone)
+        assert all(torch.equal(found[name], tensor) for name, tensor in start.state_dict().items())
+    assert not torch.equal(run.student.head.mlp[0].weight, Run(TINY, seed=5, device=CPU).student.head.mlp[0].weight)
+
+
 @pytest.mark.slow
 def test_a_compiled_step_is_the_eager_step() -> None:
     # a small lr: Adam's first steps follow the signs of gradients, and large ones would amplify bfloat16's rounding

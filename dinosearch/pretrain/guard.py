@@ -96,6 +96,7 @@ class Guard:
         return self.run.state() | sound_too
 
     def _begin_again(self) -> None:
-        start = Run(self.run.recipe, seed=self.run.seed, device=self.run.device).state()
-        self.run.put_back(start)
+        run = self.run
+        start = Run(run.recipe, seed=run.seed, device=run.device, start=run.start).state()
+        run.put_back(start)
         self.sound_step, self._sound = 0, start

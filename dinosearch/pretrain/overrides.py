@@ -22,12 +22,16 @@ LIMITS = {
     **dict.fromkeys(("patch_size", "image_size", "local_size"), (1, math.inf)),
     **dict.fromkeys(("batch_size", "out_dim", "head_hidden_dim", "head_bottleneck_dim"), (2, math.inf)),
     **dict.fromkeys(("flip", "grayscale", "blur", "solarize", "jitter"), (0, 1)),
-    **dict.fromkeys(("warmup", "temperature_warmup", "freeze_last_layer"), (0, 1)),
+    **dict.fromkeys(
+        ("warmup", "temperature_warmup", "freeze_last_layer", "freeze_backbone", "mask_probability", "mask_ratio"),
+        (0, 1),
+    ),
     **dict.fromkeys(("global_scale", "local_scale"), (1e-4, 1)),
     **dict.fromkeys(("teacher_momentum", "center_momentum"), (0, 1)),
     **dict.fromkeys(("teacher_temperature", "warmup_teacher_temperature", "student_temperature"), (1e-4, math.inf)),
     **dict.fromkeys(("std",), (1e-6, math.inf)),
     **dict.fromkeys(("drop_path_rate",), (0, 0.999)),
+    **dict.fromkeys(("layer_decay",), (0.01, 1)),
     **dict.fromkeys(("hue",), (0, 0.5)),
     **dict.fromkeys(("mean",), (-math.inf, math.inf)),
 }
@@ -103,6 +107,8 @@ def _as_kind(value: Any, kind: Any, *, where: str) -> Any:
         return float(value)
     if kind is int and number and value == int(value):
         return int(value)
+    if kind is bool and isinstance(value, bool):
+        return value
     if kind is str and isinstance(value, str):
         return value
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
@@ -114,4 +120,9 @@ def _as_kind(value: Any, kind: Any, *, where: str) -> Any:
     raise UsageError(f"{where} {value!r} is not {wanted}")
 
 
-_WANTED: dict[type | types.GenericAlias, str] = {int: "a whole number", float: "a number", str: "a name"}
+_WANTED: dict[type | types.GenericAlias, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a name",
+}

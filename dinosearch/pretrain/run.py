@@ -1,7 +1,7 @@
-"""The moving parts of a run: student, teacher, loss, optimizer, and one step. Knows no files but the model's."""
+"""The moving parts of a run: student, teacher, objective, optimizer, and one step. Knows no files but the model's."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinosearch.pretrain.dino import DINOHead, DINOLoss, update_teacher
-from dinosearch.pretrain.dinov2 import koleo_loss
+from dinosearch.pretrain.dino import WeightNormLinear, update_teacher
 from dinosearch.pretrain.health import Health, look
+from dinosearch.pretrain.net import Net, create_backbone, layer_of
+from dinosearch.pretrain.objective import Forwarded, make_objective
 from dinosearch.pretrain.recipe import Recipe
-from dinosearch.pretrain.schedules import cosine, linear_then_constant
+from dinosearch.pretrain.schedules import cosine
 from dinosearch.pretrain.views import multi_crop
-from dinosearch.vit.folder import ModelFacts, ModelFolder, create_vit, n_features, save_model
-
-FUSED_ATTENTION_TOKENS = 64
-"""On a CPU, plain matrix products beat torch's fused attention on shorter sequences; its backward is slow there."""
-
-
-class Net(nn.Module):
-    """A backbone and its projection head: images [n, 3, size, size] → features [n, dim], logits [n, out_dim]."""
-
-    def __init__(self, recipe: Recipe, *, drop_path_rate: float, device: torch.device) -> None:
-        super().__init__()
-        facts = recipe.model_facts()
-        # local crops are smaller than global ones: position embeddings are resampled on the way
-        flexible = replace(facts, arch_kwargs=facts.arch_kwargs | {"dynamic_img_size": True})
-        self.backbone = create_vit(flexible, drop_path_rate=drop_path_rate)
-        self.head = DINOHead(
-            n_features(self.backbone),
-            recipe.out_dim,
-            hidden_dim=recipe.head_hidden_dim,
-            bottleneck_dim=recipe.head_bottleneck_dim,
-        )
-        n_tokens = (recipe.image_size // recipe.patch_size) ** 2
-        if device.type == "cpu" and n_tokens <= FUSED_ATTENTION_TOKENS:
-            attentions: list[Any] = [m for m in self.backbone.modules() if hasattr(m, "fused_attn")]
-            for attention in attentions:
-                attention.fused_attn = False
-        self.to(device)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.backbone(images)
-        return features, self.head(features)
+from dinosearch.vit.folder import ModelFacts, ModelFolder, n_features, save_model
 
 
 @dataclass
@@ -53,7 +24,9 @@ class Outcome:
     """What one step leaves behind; tensors stay on the device, so that nothing waits for it."""
 
     loss: Tensor
-    """DINO loss, a scalar."""
+    """The method's first term (DINO's loss), a scalar."""
+    terms: dict[str, Tensor]
+    """Every term of the loss by name, without its weight."""
     teacher_logits: Tensor
     """[2, batch, out_dim]"""
     teacher_features: Tensor
@@ -65,23 +38,23 @@ class Outcome:
 class Run:
     """A student that learns from its teacher, step by step. All that is random comes from (seed, step)."""
 
-    def __init__(self, recipe: Recipe, *, seed: int, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, *, seed: int, device: torch.device, start: nn.Module | None = None) -> None:
+        """start: a backbone of the recipe's architecture whose weights student and teacher begin with."""
         torch.manual_seed(seed)
         self.recipe = recipe
         self.seed = seed
         self.device = device
-        self.student = Net(recipe, drop_path_rate=recipe.drop_path_rate, device=device)
-        self.teacher = Net(recipe, drop_path_rate=0.0, device=device).requires_grad_(False).eval()
+        self.start = start
+        self.objective = make_objective(recipe).to(device)
+        self.student = self._net(drop_path_rate=recipe.drop_path_rate)
+        self.teacher = self._net(drop_path_rate=0.0).requires_grad_(False).eval()
+        if start is not None:
+            self.student.backbone.load_state_dict(start.state_dict())
         self.teacher.load_state_dict(self.student.state_dict())
-        self.loss = DINOLoss(
-            recipe.out_dim, student_temperature=recipe.student_temperature, center_momentum=recipe.center_momentum
-        ).to(device)
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=device.type in ("cpu", "cuda"))
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.student, recipe), lr=0.0, fused=device.type in ("cpu", "cuda")
+        )
+        self._last_layers = [m for m in self.student.modules() if isinstance(m, WeightNormLinear)]
         self._forward = self._forward_crops
 
     def compile(self) -> None:
@@ -93,47 +66,43 @@ class Run:
 
         step: its number, which seeds the crops. done: share of the run that is over, which sets the schedules.
         """
-        recipe = self.recipe
         torch.manual_seed(self.seed * 1_000_003 + step)  # stochastic depth
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        global_views, local_views = multi_crop(
-            self._to_device(pixels), torch.from_numpy(aspect), recipe.views, generator=generator
-        )
-        teacher_features, teacher_logits, features, logits = self._forward(global_views, local_views)
-        temperature = linear_then_constant(
-            recipe.warmup_teacher_temperature, recipe.teacher_temperature, done, warmup=recipe.temperature_warmup
-        )
-        loss = self.loss(logits, teacher_logits, teacher_temperature=temperature)
-        total = loss
-        if recipe.koleo_weight > 0:
-            n_globals = global_views.shape[0] * global_views.shape[1]
-            total = loss + recipe.koleo_weight * sum(koleo_loss(view) for view in features[:n_globals].chunk(2))
+        views = multi_crop(self._to_device(pixels), torch.from_numpy(aspect), self.recipe.views, generator=generator)
+        forwarded = self._forward(*self.objective.extend(views, generator=generator))
+        terms = self.objective.terms(forwarded, done=done)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        if done < recipe.freeze_last_layer:
-            self.student.head.prototypes.weight_v.grad = None
+        terms.total.backward()
+        self._freeze(done)
         self._clip()
         lr = self._set_schedules(done)
         self.optimizer.step()
-        update_teacher(self.teacher, self.student, momentum=cosine(recipe.teacher_momentum, 1.0, done))
-        return Outcome(loss.detach(), teacher_logits, teacher_features, temperature, lr)
+        update_teacher(self.teacher, self.student, momentum=cosine(self.recipe.teacher_momentum, 1.0, done))
+        parts = {name: part.detach() for name, part in terms.parts.items()}
+        return Outcome(
+            loss=next(iter(parts.values())),
+            terms=parts,
+            teacher_logits=forwarded["teacher_logits"],
+            teacher_features=forwarded["teacher_features"],
+            teacher_temperature=terms.teacher_temperature,
+            lr=lr,
+        )
 
     def adopt(self, recipe: Recipe) -> None:
         """Go on by another recipe for the same architecture."""
         self.recipe = recipe
-        self.loss.center_momentum = recipe.center_momentum
-        self.loss.student_temperature = recipe.student_temperature
+        self.objective.adopt(recipe)
 
     def look(self, outcome: Outcome, *, loss: float) -> Health:
         """The teacher's health at a step; loss: mean of the last steps."""
-        assignments = self.loss.assignments(
+        assignments = self.objective.assignments(
             outcome.teacher_logits.flatten(0, 1), teacher_temperature=outcome.teacher_temperature
         )
-        return look(assignments, outcome.teacher_features, center=self.loss.center, loss=loss)
+        return look(assignments, outcome.teacher_features, center=self.objective.center, loss=loss)
 
     @torch.no_grad()
     def finite(self) -> bool:
-        """No weight of student, teacher or center is infinite or no number."""
+        """No tensor of student, teacher or objective is infinite or no number."""
         tensors = [tensor for module in self._modules().values() for tensor in module.state_dict().values()]
         return bool(torch.isfinite(torch.stack(torch._foreach_norm(tensors))).all())
 
@@ -168,7 +137,7 @@ class Run:
         return self.recipe.model_facts()
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {"student": self.student, "teacher": self.teacher, "loss": self.loss}
+        return {"student": self.student, "teacher": self.teacher, "objective": self.objective}
 
     def _to_device(self, pixels: np.ndarray) -> Tensor:
         batch = torch.from_numpy(pixels)
@@ -176,22 +145,23 @@ class Run:
             return batch.pin_memory().to(self.device, non_blocking=True)
         return batch.to(self.device)
 
-    def _forward_crops(self, global_views: Tensor, local_views: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Teacher features and logits of the global crops; student features and logits of all crops."""
-        batch = global_views.shape[1]
+    def _net(self, *, drop_path_rate: float) -> Net:
+        backbone = create_backbone(self.recipe, drop_path_rate=drop_path_rate, device=self.device)
+        return Net(backbone, self.objective.heads(n_features(backbone))).to(self.device)
+
+    def _forward_crops(self, *views: Tensor) -> Forwarded:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device)):
-            with torch.no_grad():
-                teacher_features, teacher_logits = self.teacher(global_views.flatten(0, 1))
-            features = self.student.backbone(global_views.flatten(0, 1))
-            if len(local_views):
-                features = torch.cat([features, self.student.backbone(local_views.flatten(0, 1))])
-            logits = self.student.head(features)
-        return (
-            teacher_features.float(),
-            teacher_logits.float().unflatten(0, (2, batch)),
-            features.float(),
-            logits.float().unflatten(0, (-1, batch)),
-        )
+            return self.objective.forward_crops(self.student, self.teacher, *views)
+
+    def _freeze(self, done: float) -> None:
+        """Drop the gradients of what is not to move yet: AdamW leaves alone what has none."""
+        frozen: list[nn.Parameter] = []
+        if done < self.recipe.freeze_last_layer:
+            frozen += [layer.weight_v for layer in self._last_layers]
+        if done < self.recipe.freeze_backbone:
+            frozen += self.student.backbone.parameters()
+        for parameter in frozen:
+            parameter.grad = None
 
     def _clip(self) -> None:
         """Bound each parameter's gradient by itself, as main_dino.py does, without asking the device for a norm."""
@@ -205,11 +175,29 @@ class Run:
     def _set_schedules(self, done: float) -> float:
         recipe = self.recipe
         lr = cosine(recipe.lr, recipe.final_lr, done, warmup=recipe.warmup)
+        weight_decay = cosine(*recipe.weight_decay, done)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        start, end = recipe.weight_decay
-        self.optimizer.param_groups[0]["weight_decay"] = cosine(start, end, done)
+            group["lr"] = lr * group["lr_multiplier"]
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
         return lr
+
+
+def parameter_groups(student: Net, recipe: Recipe) -> list[dict[str, Any]]:
+    """What is trained, grouped by weight decay (matrices only) and by layer-wise learning rate, of which
+    `lr_multiplier` is the share. Source: DINOv2's param_groups.py.
+    """
+    n_blocks = len(student.backbone.blocks)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            multiplier = recipe.layer_decay ** (n_blocks + 1 - layer_of(name, n_blocks=n_blocks))
+            if "patch_embed" in name:
+                multiplier *= recipe.patch_embed_lr
+            groups.setdefault((parameter.ndim > 1, multiplier), []).append(parameter)
+    return [
+        {"params": parameters, "decays": decays, "lr_multiplier": multiplier}
+        for (decays, multiplier), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

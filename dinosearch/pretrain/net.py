@@ -1,0 +1,88 @@
+"""A backbone and the heads that a method puts on it. Knows no loss and no optimizer."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from dinosearch.pretrain.recipe import Recipe
+from dinosearch.vit.folder import create_vit
+
+FUSED_ATTENTION_TOKENS = 64
+"""On a CPU, plain matrix products beat torch's fused attention on shorter sequences; its backward is slow there."""
+
+
+class Net(nn.Module):
+    """`backbone`, and the heads by the names that their method gives them: `head` in most."""
+
+    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.head: Any
+        self.patch_head: Any
+        self.mask_token: Any
+        for name, head in heads.items():
+            self.add_module(name, head)
+        self._masks: Tensor | None = None
+        if "mask_token" in heads:  # a hook, so that the backbone stays timm's, and is saved as such
+            patch_embed: Any = backbone.patch_embed
+            patch_embed.register_forward_hook(self._hide)
+
+    def encode(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images [n, 3, size, size] → features [n, dim], patch tokens [n, n_patches, dim].
+
+        masks: bool [n, rows, columns], patches to hide; a method that does so has a head called `mask_token`.
+        """
+        self._masks = masks
+        tokens = self.backbone.forward_features(images)
+        self._masks = None
+        return self.backbone.forward_head(tokens), tokens[:, self.backbone.num_prefix_tokens :]
+
+    def _hide(self, _module: nn.Module, _inputs: Any, patches: Tensor) -> Tensor:
+        return patches if self._masks is None else self.mask_token(patches, self._masks)
+
+
+class MaskToken(nn.Module):
+    """One learnt vector in place of hidden patches, before positions are added (BEiT, arXiv 2106.08254)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, dim))
+
+    def forward(self, patches: Tensor, masks: Tensor) -> Tensor:
+        """patches: [n, rows, columns, dim]. masks: bool [n, rows, columns]."""
+        return torch.where(masks[..., None], self.weight.to(patches.dtype), patches)
+
+
+def create_backbone(recipe: Recipe, *, drop_path_rate: float, device: torch.device) -> nn.Module:
+    """A randomly initialised timm backbone that takes crops of every size."""
+    facts = recipe.model_facts()
+    # local crops are smaller than global ones: position embeddings are resampled on the way
+    flexible = replace(facts, arch_kwargs=facts.arch_kwargs | {"dynamic_img_size": True})
+    backbone: Any = create_vit(flexible, drop_path_rate=drop_path_rate)
+    if recipe.uniform_drop_path and drop_path_rate > 0:  # timm's rate grows from 0 in the first block
+        for block in backbone.blocks:
+            block.drop_path1, block.drop_path2 = DropPath(drop_path_rate), DropPath(drop_path_rate)
+    n_tokens = (recipe.image_size // recipe.patch_size) ** 2
+    if device.type == "cpu" and n_tokens <= FUSED_ATTENTION_TOKENS:
+        attentions: list[Any] = [m for m in backbone.modules() if hasattr(m, "fused_attn")]
+        for attention in attentions:
+            attention.fused_attn = False
+    return backbone
+
+
+def layer_of(name: str, *, n_blocks: int) -> int:
+    """A parameter's depth in a `Net`: 0 for tokens, positions and patches, i + 1 for block i, n_blocks + 1 beyond.
+
+    As DINOv2's param_groups.py counts, for layer-wise learning rates.
+    """
+    below = ("cls_token", "reg_token", "mask_token", "pos_embed", "patch_embed")
+    parts = name.split(".")
+    if any(part in below for part in parts):
+        return 0
+    if "blocks" in parts:
+        return int(parts[parts.index("blocks") + 1]) + 1
+    return n_blocks + 1
