@@ -10,17 +10,20 @@ from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.recipe import Recipe, usual_lr
 
 LEAST_KL = 0.003
-"""Nats, whatever K and batch: for small spreads KL is half the variance of an image's logits over the temperature, which
-neither enters. Sound runs on seven data sets stayed above 0.017; with everything in one prototype it is below 0.0001."""
+"""Nats, whatever K and batch: for small spreads KL is half the variance of logits over the temperature, which neither
+enters. Sound recipes stayed above 0.017 (docs/health.md); with everything in one prototype it is below 0.0001."""
 LEAST_KL_AT_RISK = 0.05
-"""With a setting that is known to collapse, less has to be seen: at teacher temperature 0.2 all runs that learnt nothing
-(loss = ln(out_dim)) kept between 0.005 and 0.026, and the same images at 0.04 mostly above 0.35."""
+"""With a setting that is known to collapse, less has to be seen: at teacher temperature 0.2, runs whose loss was
+ln(out_dim) kept between 0.005 and 0.026, while the same images at 0.04 mostly gave more than 0.35."""
 FEW_PROTOTYPES = 4
-"""In use by a whole batch: a collapse, unless the images differ as much as so few allow. Runs that learn used hundreds."""
+"""In use by a whole batch: a collapse, unless images differ as much as so few allow. Runs that learn use hundreds."""
 LEAST_STD = 0.02
 """Of features: below it they are one point, whatever the head makes of them."""
 MOST_LOSS = 1.2
 """Of ln(out_dim): a student that is surely wrong. Uniform is 1."""
+MOST_LOSS_AT_RISK = 0.98
+"""With a setting that is known to ruin runs, having learnt nothing is sign enough: steps a hundred times too large
+scatter the assignments, but leave the student to guess. Sound runs on Fashion-MNIST stayed below 0.97."""
 PATIENCE = 3
 """The median of so many looks decides, so that one odd batch alarms nobody."""
 MOST_ALARMS = 6
@@ -79,14 +82,19 @@ class Watch:
         )
         if len(self._recent) < PATIENCE or done < recipe.warmup:
             return None
-        kl, mean_entropy, used, std, loss = (sorted(signal)[PATIENCE // 2] for signal in zip(*self._recent, strict=True))
+        kl, mean_entropy, used, std, loss = (
+            sorted(signal)[PATIENCE // 2] for signal in zip(*self._recent, strict=True)
+        )
+        at_risk = risky(recipe)
         if _diverged(loss):
             return Alarm("divergence", f"the loss is {loss:.2f} times ln(out_dim)")
         if _few(kl, mean_entropy, used):
             n = math.exp(mean_entropy)
             return Alarm("collapse", f"{n:.1f} prototypes serve all images (KL from the mean {kl:.2g})")
-        if _alike(kl, LEAST_KL_AT_RISK if risky(recipe) else LEAST_KL):
+        if _alike(kl, LEAST_KL_AT_RISK if at_risk else LEAST_KL):
             return Alarm("collapse", f"all images are assigned alike (KL from the mean {kl:.2g})")
+        if at_risk and loss > MOST_LOSS_AT_RISK:
+            return Alarm("divergence", f"nothing is learnt (the loss is {loss:.2f} times ln(out_dim))")
         if _one_point(std):
             return Alarm("collapse", f"all images have the same features (standard deviation {std:.2g})")
         return None
@@ -103,7 +111,7 @@ def _alike(kl: float, least: float) -> bool:
 def _few(kl: float, mean_entropy: float, used: float) -> bool:
     n_used = math.exp(mean_entropy)
     # kl = mean_entropy when every image has one prototype for sure: few kinds of images, well told apart
-    return n_used < min(FEW_PROTOTYPES, n_used / used / 8) and kl < mean_entropy / 2
+    return n_used < min(FEW_PROTOTYPES, n_used / used / 8) and kl <= 0.8 * mean_entropy
 
 
 def _one_point(std: float) -> bool:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +23,8 @@ from dinosearch.pretrain.guard import Guard
 from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.plan import Plan
 from dinosearch.pretrain.quality import Best, Look, Quality, measure_quality, sample_rows
-from dinosearch.pretrain.run import Run
-from dinosearch.vit.folder import ModelFacts, ModelFolder, Note
+from dinosearch.pretrain.run import Run, has_bf16
+from dinosearch.vit.folder import ModelFacts, ModelFolder, Note, save_model
 
 UNTIMED_STEPS = 3
 """Allocation and compilation make the first steps slow; rates are taken from the end of the third."""
@@ -123,20 +122,28 @@ class Course:
         self.began = began
         self.kept = kept
         self.trained = trained
+        self.note = note
         self.first_step = 0
         self.health: Health | None = None
+        self.quality: Quality | None = None
+        self.knn_top1: float | None = None
+        self.evaluate = evaluate
+        self.select = select
+        self._rows = sample_rows(len(bank), batch_size=run.recipe.batch_size)
         self._losses: deque[Tensor] = deque(maxlen=LOOK_EVERY)
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._metrics_path = folder / "training" / "metrics.jsonl"
         if checkpoint is None:
             self._metrics_path.write_bytes(b"")
             self.guard = Guard(run, step=0, note=note)
+            self.best = Best()
         else:
             facts, tensors = checkpoint.facts, checkpoint.tensors()
             self.first_step = facts["step"]
             run.put_back(tensors)
             self._losses.extend(torch.tensor(loss, device=run.device) for loss in facts["losses"])
             self.guard = Guard(run, step=self.first_step, note=note, remembered=facts["guard"], tensors=tensors)
+            self.best = Best(facts["best"], tensors)
             if self._metrics_path.is_file():  # lines about steps that will be made again
                 os.truncate(self._metrics_path, min(facts["metrics_bytes"], self._metrics_path.stat().st_size))
 
@@ -176,6 +183,8 @@ class Course:
                 if alarm is not None:
                     step = self._recover(alarm, step=step, done=done, strict=strict)
                     last, save = False, True
+                elif self.health is not None and step % MEASURE_EVERY == 0 and not last:
+                    self._measure(step)
             if save and not last and self._save(step, report=None):
                 saved_at = time.monotonic()
             if now - shown_at > 0.1 and not last:
@@ -207,6 +216,8 @@ class Course:
             seconds_left=(self.plan.total_steps - step) * recent if recent else None,
             loss=self.mean_loss(),
             health=self.health,
+            quality=self.quality,
+            knn_top1=self.knn_top1,
             teacher=self.run.teacher.backbone,
         )
 
@@ -219,12 +230,36 @@ class Course:
             self._save(self.guard.sound_step, report=None)
             raise
         self._losses.clear()
+        self.best.forget_after(back)
         self._write_line({"alarm": self.guard.alarms[-1]})
         return back
 
     def _record(self, step: int, *, loss: float | None, lr: float, rate: float | None) -> None:
         health = self.health.facts() if self.health else {}
         self._write_line({"step": step, "loss": loss, "lr": lr, "images_per_second": rate, **health})
+
+    def _measure(self, step: int) -> Look:
+        """Measure the teacher's features, write it down, and keep the weights if they are the best so far."""
+        run, backbone = self.run, self.run.teacher.backbone
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=has_bf16(run.device)):
+            self.quality = measure_quality(
+                backbone,
+                torch.from_numpy(self.bank.pixels[self._rows]),
+                torch.from_numpy(self.bank.aspect[self._rows]),
+                run.recipe.views,
+                device=run.device,
+                seed=run.seed,
+            )
+        measured: dict[str, Any] = {"step": step, **self.quality.facts()}
+        if self.evaluate is not None:
+            self.knn_top1 = self.evaluate(backbone, run.facts)
+            measured["knn_top1"] = round(self.knn_top1, 4)
+        self._write_line(measured)
+        by_labels = self.select == "labels" and self.knn_top1 is not None
+        score = self.knn_top1 if by_labels and self.knn_top1 is not None else self.quality.recall_at_1
+        look = Look(step=step, score=score, n=len(self._rows), measured=measured)
+        self.best.offer(look, backbone)
+        return look
 
     def _write_line(self, facts: Mapping[str, Any]) -> None:
         with self._metrics_path.open("a", encoding="utf-8") as file:
@@ -242,10 +277,12 @@ class Course:
             "total_steps": self.plan.total_steps,
             "losses": losses,
             "guard": self.guard.facts(),
+            "best": self.best.facts(),
             "metrics_bytes": self._metrics_path.stat().st_size,
             "report": asdict(report) if report else None,
         }
-        save_checkpoint(self.folder / "training", step=step, tensors=self.guard.tensors(step), facts=facts)
+        tensors = self.guard.tensors(step) | self.best.tensors()
+        save_checkpoint(self.folder / "training", step=step, tensors=tensors, facts=facts)
         return True
 
     def _end(self, step: int, *, rate: float | None, stopped: bool) -> Progress:
@@ -256,6 +293,17 @@ class Course:
         if stopped and step == 0:
             shutil.rmtree(self.folder)
             raise Interrupted("stopped before anything was learnt: there is nothing to save")
+        backbone: nn.Module = self.run.teacher.backbone
+        quality: dict[str, Any] = {}
+        if not stopped and step > 0:
+            last = self._measure(step)
+            exported, backbone = self.best.chosen(last, backbone)
+            quality = exported.measured
+            if exported is not last:
+                self.note(
+                    f"exported are the weights of step {exported.step}: {exported.score:.3f} of the sample recognised, "
+                    f"{last.score:.3f} at the end"
+                )
         loss = self.mean_loss()
         epochs = step * self.run.recipe.batch_size / len(self.bank)
         trained = {
@@ -265,8 +313,9 @@ class Course:
             "epochs": round(epochs, 3),
             "loss": loss,
             "health": (self.health.facts() if self.health else {}) | {"alarms": self.guard.alarms},
+            "quality": quality,
         }
-        model = self.run.export(self.folder, trained=trained)
+        model = save_model(self.folder, backbone, self.run.facts, trained=trained)
         write_card(model)
         report = report_on(
             model,
@@ -277,7 +326,7 @@ class Course:
             stopped=stopped,
         )
         self._save(step, report=None if stopped else report)
-        return Progress("done", step, self.plan.total_steps, teacher=self.run.teacher.backbone, report=report)
+        return Progress("done", step, self.plan.total_steps, teacher=backbone, report=report)
 
 
 def report_on(
@@ -298,8 +347,9 @@ def report_on(
         images_per_second=round(rate, 2) if rate else None,
         seconds=round(seconds, 2),
         loss=trained.get("loss"),
-        knn_top1=None,
+        knn_top1=trained.get("quality", {}).get("knn_top1"),
         resumed_from_step=resumed_from_step,
         health=trained.get("health", {}),
+        quality=trained.get("quality", {}),
         stopped=stopped,
     )

@@ -93,8 +93,11 @@ class Look:
 
     step: int
     score: float
-    """Recall, or with `--select labels` the k-NN accuracy: a share of `n` images."""
+    """Recall, or with `--select labels` the k-NN accuracy: 0..1."""
     n: int
+    """Images that the score is a share of."""
+    measured: dict[str, Any]
+    """All figures of the look, by name."""
 
     def clearly_below(self, best: "Look") -> bool:
         """Worse by more than chance, and by enough to matter."""
@@ -103,12 +106,14 @@ class Look:
 
 
 class Best:
-    """Keeps the backbone of the best look, and says whether it is to be exported instead of the last one.
+    """Keeps the backbone of the best look, and says which is exported, it or the last one.
 
     remembered, tensors: what `facts` and `tensors` gave for a checkpoint.
     """
 
-    def __init__(self, remembered: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, remembered: Mapping[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.look = Look(**remembered) if remembered else None
         self._weights = _below(tensors or {}, PREFIX) if remembered else {}
 
@@ -123,13 +128,13 @@ class Best:
         if self.look is not None and self.look.step > step:
             self.look, self._weights = None, {}
 
-    def instead_of(self, last: Look | None, backbone: nn.Module) -> nn.Module | None:
-        """The best backbone if the last look is clearly below it; None if what the run ended with is to be exported."""
-        if self.look is None or last is None or not last.clearly_below(self.look):
-            return None
+    def chosen(self, last: Look, backbone: nn.Module) -> tuple[Look, nn.Module]:
+        """What to export at the end: the last look and its backbone, unless they are clearly below the best."""
+        if self.look is None or not last.clearly_below(self.look):
+            return last, backbone
         best = copy.deepcopy(backbone)
         best.load_state_dict(self._weights)
-        return best
+        return self.look, best
 
     def facts(self) -> dict[str, Any] | None:
         """For a checkpoint, as JSON keeps it."""
