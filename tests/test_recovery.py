@@ -52,6 +52,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _often_and_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(course_module, "LOOK_EVERY", 10)
+    monkeypatch.setattr(course_module, "MEASURE_EVERY", 20)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

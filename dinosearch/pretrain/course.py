@@ -129,6 +129,7 @@ class Course:
         self.knn_top1: float | None = None
         self.evaluate = evaluate
         self.select = select
+        self._measured: Look | None = None
         self._rows = sample_rows(len(bank), batch_size=run.recipe.batch_size)
         self._losses: deque[Tensor] = deque(maxlen=LOOK_EVERY)
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
@@ -177,14 +178,14 @@ class Course:
             if step % LOOK_EVERY == 0 or last or n_made == 1:
                 loss = self.mean_loss()
                 self.health = self.guard.look(outcome, loss=loss)
-                self._record(step, loss=loss, lr=outcome.lr, rate=rate)
                 judged = step % LOOK_EVERY == 0 or last  # never at a step that a resumed run would not look at
                 alarm = self.guard.judge(self.health, loss=loss, step=step, done=done) if judged else None
+                sound = alarm is None and self.health is not None
+                measured = self._measure(step) if sound and (step % MEASURE_EVERY == 0 or last) else {}
+                self._record(step, loss=loss, lr=outcome.lr, rate=rate, measured=measured)
                 if alarm is not None:
                     step = self._recover(alarm, step=step, done=done, strict=strict)
                     last, save = False, True
-                elif self.health is not None and step % MEASURE_EVERY == 0 and not last:
-                    self._measure(step)
             if save and not last and self._save(step, report=None):
                 saved_at = time.monotonic()
             if now - shown_at > 0.1 and not last:
@@ -234,12 +235,14 @@ class Course:
         self._write_line({"alarm": self.guard.alarms[-1]})
         return back
 
-    def _record(self, step: int, *, loss: float | None, lr: float, rate: float | None) -> None:
+    def _record(
+        self, step: int, *, loss: float | None, lr: float, rate: float | None, measured: Mapping[str, Any]
+    ) -> None:
         health = self.health.facts() if self.health else {}
-        self._write_line({"step": step, "loss": loss, "lr": lr, "images_per_second": rate, **health})
+        self._write_line({"step": step, "loss": loss, "lr": lr, "images_per_second": rate, **health, **measured})
 
-    def _measure(self, step: int) -> Look:
-        """Measure the teacher's features, write it down, and keep the weights if they are the best so far."""
+    def _measure(self, step: int) -> dict[str, Any]:
+        """Figures of the teacher's features, by name; the weights are kept if they are the best so far."""
         run, backbone = self.run, self.run.teacher.backbone
         with torch.autocast(run.device.type, torch.bfloat16, enabled=has_bf16(run.device)):
             self.quality = measure_quality(
@@ -250,16 +253,15 @@ class Course:
                 device=run.device,
                 seed=run.seed,
             )
-        measured: dict[str, Any] = {"step": step, **self.quality.facts()}
+        measured: dict[str, Any] = dict(self.quality.facts())
         if self.evaluate is not None:
             self.knn_top1 = self.evaluate(backbone, run.facts)
             measured["knn_top1"] = round(self.knn_top1, 4)
-        self._write_line(measured)
         by_labels = self.select == "labels" and self.knn_top1 is not None
         score = self.knn_top1 if by_labels and self.knn_top1 is not None else self.quality.recall_at_1
-        look = Look(step=step, score=score, n=len(self._rows), measured=measured)
-        self.best.offer(look, backbone)
-        return look
+        self._measured = Look(step=step, score=score, n=len(self._rows), measured={"step": step, **measured})
+        self.best.offer(self._measured, backbone)
+        return measured
 
     def _write_line(self, facts: Mapping[str, Any]) -> None:
         with self._metrics_path.open("a", encoding="utf-8") as file:
@@ -295,8 +297,8 @@ class Course:
             raise Interrupted("stopped before anything was learnt: there is nothing to save")
         backbone: nn.Module = self.run.teacher.backbone
         quality: dict[str, Any] = {}
-        if not stopped and step > 0:
-            last = self._measure(step)
+        last = self._measured
+        if not stopped and last is not None and last.step == step:
             exported, backbone = self.best.chosen(last, backbone)
             quality = exported.measured
             if exported is not last:
