@@ -20,7 +20,7 @@ from dinosearch.images import compiler_present, find_images, n_cores
 from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
 from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
-from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
+from dinosearch.pretrain.course import Course, Evaluate, Progress, TrainReport, report_on
 from dinosearch.pretrain.distill import Mentor, crop_size, find_mentor
 from dinosearch.pretrain.plan import UNBOUNDED, Plan, plan_length
 from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts, usual_batch_size
@@ -76,6 +76,10 @@ class TrainConfig:
     """Stop at the first sign of collapse or divergence, instead of going back and changing settings."""
     checkpoint_every: float = 30.0
     """Seconds between checkpoints; a kill loses at most these."""
+    evaluate: Evaluate | None = None
+    """Accuracy of a backbone by labels, for the record: see pretrain.course. Training never sees a label."""
+    select: str = "quality"
+    """What chooses the weights that are exported: "quality", without labels, or "labels", by `evaluate`."""
 
 
 def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
@@ -195,6 +199,8 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
         trained=_trained(config, recipe, seed=seed, n_images=len(bank)) | origins,
         note=note,
         checkpoint=checkpoint,
+        evaluate=config.evaluate,
+        select=config.select,
     )
     yield from course.follow(checkpoint_every=config.checkpoint_every, strict=config.strict, stop=stop)
 
@@ -227,6 +233,8 @@ def _check(config: TrainConfig) -> None:
         limit is not None and not 0 < limit < math.inf for limit in (config.epochs, config.minutes)
     ):
         raise UsageError("--steps must be 0 or more, --epochs and --minutes more than 0")
+    if config.select == "labels" and config.evaluate is None:
+        raise UsageError("--select labels needs some: name a CSV, or folders, with --labels")
     if config.resume and config.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: choose one")
 

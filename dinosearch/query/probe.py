@@ -99,17 +99,9 @@ def probe(
     split: "train" or "test" for each; without it, a fifth of each class is held out, by `seed`.
     Raises DinosearchError when there is nothing to tell apart, or nothing to train or test with.
     """
-    names, classes = np.unique(np.asarray(labels, dtype=object), return_inverse=True)
-    training, testing = _parts(names, classes, split, seed=seed, note=note)
-    if len(np.unique(classes[training])) < 2:
-        raise DinosearchError(
-            f"all {len(training)} training images have the label {names[classes[training[0]]]!r}. "
-            "Label images of two classes or more"
-        )
-    _note_untrained(names, classes, training, testing, note)
-
+    names, classes, training, testing = _task(labels, split, seed=seed, note=note)
     truth = classes[testing]
-    k = int(min(MAX_K, _counts(classes[training]).min(), len(training)))
+    k = _k(classes[training])
     note(f"k-NN vote of {k} among {len(training)} training images, {len(testing)} test images")
     by_vote = knn_vote(vectors[training], classes[training], vectors[testing], k=k)
     note("linear probe: searching C")
@@ -140,6 +132,21 @@ def probe(
         n_test=len(testing),
         per_class=per_class,
     )
+
+
+def knn_accuracy(
+    vectors: np.ndarray,
+    labels: Sequence[str],
+    *,
+    split: Sequence[str] | None = None,
+    seed: int = 0,
+    note: Callable[[str], None] = lambda _: None,
+) -> Knn:
+    """The k-NN vote of `probe` alone; it takes and raises the same."""
+    _, classes, training, testing = _task(labels, split, seed=seed, note=note)
+    k = _k(classes[training])
+    guess = knn_vote(vectors[training], classes[training], vectors[testing], k=k)
+    return Knn(float((guess == classes[testing]).mean()), k)
 
 
 def knn_vote(train: np.ndarray, classes: np.ndarray, test: np.ndarray, *, k: int) -> np.ndarray:
@@ -249,6 +256,25 @@ def _fit(model: LogisticRegression, features: np.ndarray, classes: np.ndarray) -
         # Separable classes with a weak penalty: accuracy has settled long before the gradient has.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(features, classes)
+
+
+def _task(
+    labels: Sequence[str], split: Sequence[str] | None, *, seed: int, note: Callable[[str], None]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Names of the classes, the class of each row, and the rows to train and to test with."""
+    names, classes = np.unique(np.asarray(labels, dtype=object), return_inverse=True)
+    training, testing = _parts(names, classes, split, seed=seed, note=note)
+    if len(np.unique(classes[training])) < 2:
+        raise DinosearchError(
+            f"all {len(training)} training images have the label {names[classes[training[0]]]!r}. "
+            "Label images of two classes or more"
+        )
+    _note_untrained(names, classes, training, testing, note)
+    return names, classes, training, testing
+
+
+def _k(training_classes: np.ndarray) -> int:
+    return int(min(MAX_K, _counts(training_classes).min(), len(training_classes)))
 
 
 def _parts(
