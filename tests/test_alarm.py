@@ -12,7 +12,6 @@ WELL = Health(
     teacher_entropy=4.0,
     teacher_kl=0.8,
     prototypes_used=0.7,
-    crops_told_apart=0.9,
     feature_std=0.8,
     rank=20.0,
     center_norm=1.0,
@@ -22,17 +21,21 @@ RECIPE = Recipe(arch="vit_tiny_patch16_224", arch_kwargs={}, image_size=32, patc
 COLLAPSE = Alarm("collapse", "")
 
 
-def judged(*looks: Health, done: float = 0.5) -> list[Alarm | None]:
+def judged(*looks: Health, done: float = 0.5, recipe: Recipe = RECIPE) -> list[Alarm | None]:
     watch = Watch()
-    return [watch.judge(look, done=done, warmup=0.1) for look in looks]
+    return [watch.judge(look, done=done, recipe=recipe) for look in looks]
 
 
 @pytest.mark.parametrize(
     ("signals", "kind", "told"),
     [
-        ({"teacher_kl": 0.001, "prototypes_used": 1.0}, "collapse", "uniformly"),
-        ({"teacher_kl": 0.0, "crops_told_apart": 0.02}, "collapse", "to few prototypes"),
-        ({"teacher_kl": 0.2, "teacher_entropy": 1.0, "crops_told_apart": 0.05}, "collapse", "to few prototypes"),
+        ({"teacher_kl": 0.001, "prototypes_used": 1.0}, "collapse", "assigned alike"),
+        ({"teacher_kl": 0.0, "teacher_entropy": 0.0, "prototypes_used": 1 / 4096}, "collapse", "1.0 prototypes serve"),
+        (
+            {"teacher_kl": 0.3, "teacher_entropy": 0.9, "prototypes_used": 3.32 / 4096},
+            "collapse",
+            "3.3 prototypes serve",
+        ),
         ({"feature_std": 0.001}, "collapse", "same features"),
         ({"loss_of_ln_k": 1.5}, "divergence", "1.50 times"),
     ],
@@ -47,15 +50,24 @@ def test_what_lasts_alarms_and_says_why(signals: dict[str, float], kind: str, to
 
 
 def test_few_kinds_of_images_that_are_told_apart_alarm_nobody() -> None:
-    three_kinds = replace(WELL, teacher_kl=1.0, teacher_entropy=0.1, crops_told_apart=0.05)
+    three_kinds = replace(WELL, teacher_kl=1.0, teacher_entropy=0.1, prototypes_used=3 / 4096)
     assert judged(three_kinds, three_kinds, three_kinds) == [None] * 3
+
+
+@pytest.mark.parametrize("seen", [{"teacher_kl": 0.02}, {"loss_of_ln_k": 0.99}])
+def test_settings_known_to_collapse_need_less_to_alarm(seen: dict[str, float]) -> None:
+    looks = [replace(WELL, **seen)] * 3
+    assert judged(*looks) == [None] * 3
+    for risky in ({"teacher_temperature": 0.2}, {"center_momentum": 0.999}, {"lr": 0.1}):
+        assert judged(*looks, recipe=replace(RECIPE, **risky))[-1] is not None
+        assert judged(WELL, WELL, WELL, recipe=replace(RECIPE, **risky)) == [None] * 3
 
 
 def test_it_is_calm_again_when_all_looks_remembered_are_good() -> None:
     watch = Watch()
     calm = []
     for kl in (0.8, 0.0, 0.8, 0.8, 0.8):
-        watch.judge(replace(WELL, teacher_kl=kl), done=0.5, warmup=0.1)
+        watch.judge(replace(WELL, teacher_kl=kl), done=0.5, recipe=RECIPE)
         calm.append(watch.calm)
     assert calm == [True, False, False, False, True]
 
@@ -74,10 +86,10 @@ def test_a_watch_that_remembers_goes_on_where_it_stopped() -> None:
     ill = replace(WELL, teacher_kl=0.0)
     watch = Watch()
     for _ in range(2):
-        watch.judge(ill, done=0.5, warmup=0.1)
-    assert Watch(watch.recent).judge(ill, done=0.5, warmup=0.1) is not None
+        watch.judge(ill, done=0.5, recipe=RECIPE)
+    assert Watch(watch.recent).judge(ill, done=0.5, recipe=RECIPE) is not None
     watch.forget()
-    assert watch.judge(ill, done=0.5, warmup=0.1) is None
+    assert watch.judge(ill, done=0.5, recipe=RECIPE) is None
 
 
 def test_a_known_cause_is_mended_alone() -> None:

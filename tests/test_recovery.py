@@ -52,6 +52,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _often_and_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(course_module, "LOOK_EVERY", 10)
+    monkeypatch.setattr(course_module, "MEASURE_EVERY", 20)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -92,7 +93,7 @@ def test_a_provoked_collapse_alarms_and_is_left_behind(
     report = run(images, tmp_path, name="provoked", steps=STEPS, overrides=overrides)
     alarms = report.health["alarms"]
     assert alarms
-    assert alarms[0]["kind"] == "collapse"
+    assert alarms[0]["kind"] in ("collapse", "divergence")
     assert changed in alarms[0]["changed"]
     assert all(alarm["back_to_step"] < alarm["step"] for alarm in alarms)
     assert report.steps == STEPS

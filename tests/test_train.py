@@ -84,6 +84,8 @@ def test_a_run_leaves_a_model_that_says_how_it_was_made(images: Path, tmp_path: 
     lines = [json.loads(line) for line in (model.path / "training" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 6
     assert lines[-1]["loss"] == pytest.approx(report.loss)
+    assert {"step": 6} | {name: lines[-1][name] for name in ("recall_at_1", "embedding_rank")} == report.quality
+    assert model.trained["quality"] == report.quality
     assert model.load_vit()(torch.zeros(1, 3, 16, 16)).shape == (1, model.dim)
     assert "](curves.png)" in (model.path / "README.md").read_text()
     assert Image.open(model.path / "curves.png").format == "PNG"

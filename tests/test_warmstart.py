@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dinosearch.pretrain.quality import Quality
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -14,6 +13,7 @@ import dinosearch.pretrain.course as course
 import dinosearch.pretrain.warmstart as warmstart
 from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.pretrain.course import TrainReport
+from dinosearch.pretrain.quality import Quality
 from dinosearch.pretrain.train import TrainConfig, train
 from dinosearch.pretrain.warmstart import improved
 from dinosearch.vit.folder import ModelFacts, create_vit, open_model, save_model

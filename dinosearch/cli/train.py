@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,11 @@ from dinosearch.cli.index import DeviceOption, JsonOption
 
 if TYPE_CHECKING:
     from dinosearch.pretrain.train import Progress, TrainReport
+
+
+class Select(StrEnum):
+    quality = "quality"
+    labels = "labels"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -86,6 +92,13 @@ def train(
         list[str] | None,
         typer.Option("--log", metavar="LOG", help="Log to tensorboard or wandb (offline) too, in training/."),
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help='Report k-NN accuracy on the way: a CSV with path,label, or "folders" (first level).'),
+    ] = None,
+    select: Annotated[
+        Select, typer.Option(help="What may choose an earlier state for export: quality (without labels) or labels.")
+    ] = Select.quality,
     as_json: JsonOption = False,
 ) -> None:
     """Teach a vision transformer from images, without labels.
@@ -98,6 +111,7 @@ def train(
     from dinosearch.pretrain.overrides import parse_settings, read_config
     from dinosearch.pretrain.train import TrainConfig
     from dinosearch.pretrain.train import train as run_training
+    from dinosearch.query.exam import open_exam
     from dinosearch.vit.folder import models_path
 
     options = {
@@ -137,6 +151,8 @@ def train(
         strict=strict,
         checkpoint_every=checkpoint_every,
         logs=tuple(logs or ()),
+        evaluate=open_exam(labels, images, note=show.note) if labels else None,
+        select=select.value,
     )
     report: TrainReport | None = None
     with asked_to_stop() as stop, show.Progress() as bar:
@@ -173,6 +189,10 @@ def _details(progress: "Progress") -> str:
             f"prototypes {health.prototypes_used:.0%}  center {health.center_norm:.1f}  "
             f"std {health.feature_std:.2f}  rank {health.rank:.1f}"
         )
+    if progress.quality is not None:
+        parts.append(f"recall@1 {progress.quality.recall_at_1:.3f} of rank {progress.quality.rank:.1f}")
+    if progress.knn_top1 is not None:
+        parts.append(f"k-NN {progress.knn_top1:.3f}")
     if progress.images_per_second:
         parts.append(f"{progress.images_per_second:.0f} images/s")
     return "  ".join(parts)
@@ -186,6 +206,13 @@ def _print_report(report: "TrainReport") -> None:
         f"{report.steps} steps, {report.epochs:.3g} epochs of {report.images} images "
         f"in {show.duration(report.seconds)}{loss}{speed}"
     )
+    if report.quality:
+        knn = f", k-NN accuracy {report.knn_top1:.3f}" if report.knn_top1 is not None else ""
+        quality = report.quality
+        show.line(
+            f"features of step {quality['step']}: recall@1 {quality['recall_at_1']:.3f} under distortions, "
+            f"effective rank {quality['embedding_rank']:.1f}{knn}"
+        )
     for alarm in report.health.get("alarms", ()):
         show.line(
             f"{alarm['kind']} at step {alarm['step']}: {alarm['why']}; "

@@ -9,15 +9,21 @@ from typing import Any
 from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.recipe import Recipe, usual_lr
 
-LEAST_KL = 0.01
-"""Nats. Runs that learn stay above 0.03 even on a few hundred digits; collapsed ones fall below 0.001. Untrained
-networks of any depth start above 0.1."""
-FEW_PROTOTYPES = 0.1
-"""In use per crop; a collapse unless the assignments differ as much as so few prototypes allow."""
+LEAST_KL = 0.003
+"""Nats, whatever K and batch: for small spreads KL is half the variance of logits over the temperature, which neither
+enters. Sound recipes stayed above 0.017 (docs/health.md); with everything in one prototype it is below 0.0001."""
+LEAST_KL_AT_RISK = 0.05
+"""With a setting that is known to collapse, less has to be seen: at teacher temperature 0.2, runs whose loss was
+ln(out_dim) kept between 0.005 and 0.024; Fashion-MNIST at 0.04 gave more than 0.35."""
+FEW_PROTOTYPES = 4
+"""In use by a whole batch: a collapse, unless images differ as much as so few allow. Runs that learn use hundreds."""
 LEAST_STD = 0.02
 """Of features: below it they are one point, whatever the head makes of them."""
 MOST_LOSS = 1.2
 """Of ln(out_dim): a student that is surely wrong. Uniform is 1."""
+MOST_LOSS_AT_RISK = 0.98
+"""With a setting that is known to ruin runs, having learnt nothing is sign enough: steps a hundred times too large
+scatter the assignments, but leave the student to guess. Sound runs on Fashion-MNIST stayed below 0.97."""
 PATIENCE = 3
 """The median of so many looks decides, so that one odd batch alarms nobody."""
 MOST_ALARMS = 6
@@ -57,33 +63,38 @@ class Watch:
     def calm(self) -> bool:
         """All the looks remembered show a state worth coming back to."""
         return not any(
-            _diverged(loss) or _alike(kl, mean_entropy, apart) or _one_point(std)
-            for kl, mean_entropy, apart, std, loss in self._recent
+            _diverged(loss) or _alike(kl, LEAST_KL) or _few(kl, mean_entropy, used) or _one_point(std)
+            for kl, mean_entropy, used, std, loss in self._recent
         )
 
     def forget(self) -> None:
         """After a step back the looks since then no longer count."""
         self._recent.clear()
 
-    def judge(self, health: Health, *, done: float, warmup: float) -> Alarm | None:
+    def judge(self, health: Health, *, done: float, recipe: Recipe) -> Alarm | None:
         """The alarm that this look and those before it give, if any.
 
-        done: share of the run that is over. warmup: share during which the learning rate rises, and little is learnt.
+        done: share of the run that is over; while the learning rate rises little is learnt, and nothing alarms.
         """
         mean_entropy = health.teacher_entropy + health.teacher_kl
         self._recent.append(
-            (health.teacher_kl, mean_entropy, health.crops_told_apart, health.feature_std, health.loss_of_ln_k)
+            (health.teacher_kl, mean_entropy, health.prototypes_used, health.feature_std, health.loss_of_ln_k)
         )
-        if len(self._recent) < PATIENCE or done < warmup:
+        if len(self._recent) < PATIENCE or done < recipe.warmup:
             return None
-        kl, mean_entropy, apart, std, loss = (
+        kl, mean_entropy, used, std, loss = (
             sorted(signal)[PATIENCE // 2] for signal in zip(*self._recent, strict=True)
         )
+        at_risk = risky(recipe)
         if _diverged(loss):
             return Alarm("divergence", f"the loss is {loss:.2f} times ln(out_dim)")
-        if _alike(kl, mean_entropy, apart):
-            where = "to few prototypes" if apart < FEW_PROTOTYPES else "uniformly"
-            return Alarm("collapse", f"all images are assigned alike, {where} (KL from the mean {kl:.2g})")
+        if _few(kl, mean_entropy, used):
+            n = math.exp(mean_entropy)
+            return Alarm("collapse", f"{n:.1f} prototypes serve all images (KL from the mean {kl:.2g})")
+        if _alike(kl, LEAST_KL_AT_RISK if at_risk else LEAST_KL):
+            return Alarm("collapse", f"all images are assigned alike (KL from the mean {kl:.2g})")
+        if at_risk and loss > MOST_LOSS_AT_RISK:
+            return Alarm("divergence", f"nothing is learnt (the loss is {loss:.2f} times ln(out_dim))")
         if _one_point(std):
             return Alarm("collapse", f"all images have the same features (standard deviation {std:.2g})")
         return None
@@ -93,9 +104,14 @@ def _diverged(loss: float) -> bool:
     return loss > MOST_LOSS
 
 
-def _alike(kl: float, mean_entropy: float, apart: float) -> bool:
+def _alike(kl: float, least: float) -> bool:
+    return kl < least
+
+
+def _few(kl: float, mean_entropy: float, used: float) -> bool:
+    n_used = math.exp(mean_entropy)
     # kl = mean_entropy when every image has one prototype for sure: few kinds of images, well told apart
-    return kl < LEAST_KL or (apart < FEW_PROTOTYPES and kl < mean_entropy / 2)
+    return n_used < min(FEW_PROTOTYPES, n_used / used / 8) and kl <= 0.8 * mean_entropy
 
 
 def _one_point(std: float) -> bool:
@@ -110,6 +126,12 @@ def not_a_number(loss: float | None) -> Alarm:
 def ruinous(recipe: Recipe) -> bool:
     """Its steps are so large that no weights made by them are worth keeping, however good they look."""
     return recipe.lr > HIGHEST_LR * usual_lr(recipe.batch_size)
+
+
+def risky(recipe: Recipe) -> bool:
+    """It has a setting that is known to collapse or diverge."""
+    hottest = max(recipe.teacher_temperature, recipe.warmup_teacher_temperature)
+    return hottest > HIGHEST_TEMPERATURE or recipe.center_momentum > HIGHEST_CENTER_MOMENTUM or ruinous(recipe)
 
 
 def remedy(recipe: Recipe, alarm: Alarm) -> tuple[Recipe, str]:

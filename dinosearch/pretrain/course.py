@@ -7,7 +7,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from dinosearch.pretrain.guard import Guard
 from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.logs import Log
 from dinosearch.pretrain.plan import Plan
-from dinosearch.pretrain.quality import measure_quality, sample_rows
-from dinosearch.pretrain.run import Run
+from dinosearch.pretrain.quality import Best, Look, Quality, measure_quality, sample_rows
+from dinosearch.pretrain.run import Run, has_bf16
 from dinosearch.pretrain.warmstart import improved
-from dinosearch.vit.folder import ModelFolder, Note, first_line, save_model
+from dinosearch.vit.folder import ModelFacts, ModelFolder, Note, first_line, save_model
 
 UNTIMED_STEPS = 3
 """Allocation and compilation make the first steps slow; rates are taken from the end of the third."""
@@ -34,6 +34,11 @@ RECENT_STEPS = 100
 """Over so many steps the speed is taken that plans the rest of a time budget."""
 LOOK_EVERY = 50
 """Steps between entries of metrics.jsonl, and looks at the teacher's health."""
+MEASURE_EVERY = 200
+"""Steps between measurements of quality: each costs about two steps, so all of them some 1 % of a run."""
+
+Evaluate = Callable[[nn.Module, ModelFacts], float]
+"""Accuracy, 0..1, of a backbone in eval mode whose inputs are made as the facts say; whoever calls knows labels."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class TrainReport:
     resumed_from_step: int | None
     health: dict[str, Any]
     """The last look at the teacher, and under `alarms` what went wrong on the way and what was changed."""
+    quality: dict[str, Any] = field(default_factory=dict)
+    """Recall and rank of the weights exported, and the step that they are of."""
     stopped: bool = False
     """The run was asked to stop before its end; --resume goes on."""
 
@@ -77,6 +84,10 @@ class Progress:
     """Mean DINO loss of the last steps; ln(out_dim) means that nothing is learnt."""
     health: Health | None = None
     """The last look at the teacher."""
+    quality: Quality | None = None
+    """The last measurement of its features."""
+    knn_top1: float | None = None
+    """With labels, their k-NN accuracy then."""
     teacher: nn.Module | None = None
     """The teacher's backbone as it is now, for whoever wants to measure it."""
     report: TrainReport | None = None
@@ -99,10 +110,13 @@ class Course:
         note: Note,
         checkpoint: Checkpoint | None = None,
         logs: Sequence[Log] = (),
+        evaluate: Evaluate | None = None,
+        select: str = "quality",
     ) -> None:
         """kept: what every checkpoint says beside its state. trained: what model.json says beside the outcome.
 
-        checkpoint: what to go on from.
+        checkpoint: what to go on from. evaluate: accuracy by labels. select: "quality" or "labels", what chooses the
+        weights that are exported.
         """
         self.run = run
         self.bank = bank
@@ -115,6 +129,12 @@ class Course:
         self.note = note
         self.first_step = 0
         self.health: Health | None = None
+        self.quality: Quality | None = None
+        self.knn_top1: float | None = None
+        self.evaluate = evaluate
+        self.select = select
+        self._measured: Look | None = None
+        self._rows = sample_rows(len(bank), batch_size=run.recipe.batch_size)
         self._losses: deque[Tensor] = deque(maxlen=LOOK_EVERY)
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._metrics_path = folder / "training" / "metrics.jsonl"
@@ -122,12 +142,14 @@ class Course:
             if run.team.leads:
                 self._metrics_path.write_bytes(b"")
             self.guard = Guard(run, step=0, note=note)
+            self.best = Best()
         else:
             facts, tensors = checkpoint.facts, checkpoint.tensors()
             self.first_step = facts["step"]
             run.put_back(tensors)
             self._losses.extend(torch.tensor(loss, device=run.device) for loss in facts["losses"])
             self.guard = Guard(run, step=self.first_step, note=note, remembered=facts["guard"], tensors=tensors)
+            self.best = Best(facts["best"], tensors)
             if run.team.leads and self._metrics_path.is_file():  # lines about steps that will be made again
                 os.truncate(self._metrics_path, min(facts["metrics_bytes"], self._metrics_path.stat().st_size))
 
@@ -167,9 +189,11 @@ class Course:
             if step % LOOK_EVERY == 0 or last or n_made == 1:
                 loss = self.mean_loss()
                 self.health = self.guard.look(outcome, loss=loss)
-                self._record(step, loss=loss, lr=outcome.lr, rate=rate)
                 judged = step % LOOK_EVERY == 0 or last  # never at a step that a resumed run would not look at
                 alarm = self.guard.judge(self.health, loss=loss, step=step, done=done) if judged else None
+                sound = alarm is None and self.health is not None
+                measured = self._measure(step) if sound and (step % MEASURE_EVERY == 0 or last) else {}
+                self._record(step, loss=loss, lr=outcome.lr, rate=rate, measured=measured)
                 if alarm is not None:
                     step = self._recover(alarm, step=step, done=done, strict=strict)
                     last, save = False, True
@@ -203,6 +227,8 @@ class Course:
             seconds_left=(self.plan.total_steps - step) * recent if recent else None,
             loss=self.mean_loss(),
             health=self.health,
+            quality=self.quality,
+            knn_top1=self.knn_top1,
             teacher=self.run.teacher.backbone,
         )
 
@@ -215,12 +241,38 @@ class Course:
             self._save(self.guard.sound_step, report=None)
             raise
         self._losses.clear()
+        self.best.forget_after(back)
         self._write_line({"alarm": self.guard.alarms[-1]})
         return back
 
-    def _record(self, step: int, *, loss: float | None, lr: float, rate: float | None) -> None:
+    def _record(
+        self, step: int, *, loss: float | None, lr: float, rate: float | None, measured: Mapping[str, Any]
+    ) -> None:
         health = self.health.facts() if self.health else {}
-        self._write_line({"step": step, "loss": loss, "lr": lr, "images_per_second": rate, **health})
+        self._write_line({"step": step, "loss": loss, "lr": lr, "images_per_second": rate, **health, **measured})
+
+    def _measure(self, step: int) -> dict[str, Any]:
+        """Figures of the teacher's features, by name; the weights are kept if they are the best so far."""
+        run, backbone = self.run, self.run.teacher.backbone
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=has_bf16(run.device)):
+            pixels, aspect = self.bank.take(self._rows)
+            self.quality = measure_quality(
+                backbone,
+                torch.from_numpy(pixels),
+                torch.from_numpy(aspect),
+                run.recipe.views,
+                device=run.device,
+                seed=run.seed,
+            )
+        measured: dict[str, Any] = dict(self.quality.facts())
+        if self.evaluate is not None:
+            self.knn_top1 = self.evaluate(backbone, run.facts)
+            measured["knn_top1"] = round(self.knn_top1, 4)
+        by_labels = self.select == "labels" and self.knn_top1 is not None
+        score = self.knn_top1 if by_labels and self.knn_top1 is not None else self.quality.recall_at_1
+        self._measured = Look(step=step, score=score, n=len(self._rows), measured={"step": step, **measured})
+        self.best.offer(self._measured, backbone)
+        return measured
 
     def _write_line(self, facts: Mapping[str, Any]) -> None:
         if not self.run.team.leads:
@@ -247,11 +299,13 @@ class Course:
             "plan": self.plan.facts(),
             "losses": losses,
             "guard": self.guard.facts(),
+            "best": self.best.facts(),
             "metrics_bytes": self._metrics_path.stat().st_size,
             "report": asdict(report) if report else None,
         }
+        tensors = self.guard.tensors(step) | self.best.tensors()
         try:
-            save_checkpoint(self.folder / "training", step=step, tensors=self.guard.tensors(step), facts=facts)
+            save_checkpoint(self.folder / "training", step=step, tensors=tensors, facts=facts)
         except OSError as error:
             self.note(f"no checkpoint at step {step} ({first_line(error)}); the one before stays, training goes on")
         return True
@@ -268,10 +322,21 @@ class Course:
         if not self.run.team.leads:
             return Progress("done", step, self.plan.total_steps)
         backbone: nn.Module = self.run.teacher.backbone
+        quality: dict[str, Any] = {}
+        last = self._measured
+        if not stopped and last is not None and last.step == step:
+            exported, backbone = self.best.chosen(last, backbone)
+            quality = exported.measured
+            if exported is not last:
+                self.note(
+                    f"exported are the weights of step {exported.step}: {exported.score:.3f} of the sample recognised, "
+                    f"{last.score:.3f} at the end"
+                )
         origin: dict[str, Any] = {}
         if self.run.start is not None and not stopped:
             backbone, judged = self._start_unless_improved(backbone, self.run.start)
             origin = {"start": {**self.trained["start"], **judged}}
+            quality = judged["quality"] if judged["exported"] else quality
         loss = self.mean_loss()
         epochs = step * self.run.recipe.batch_size / len(self.bank)
         trained = {
@@ -282,6 +347,7 @@ class Course:
             "epochs": round(epochs, 3),
             "loss": loss,
             "health": (self.health.facts() if self.health else {}) | {"alarms": self.guard.alarms},
+            "quality": quality,
         }
         try:
             model = save_model(self.folder, backbone, self.run.facts, trained=trained)
@@ -340,8 +406,9 @@ def report_on(
         images_per_second=round(rate, 2) if rate else None,
         seconds=round(seconds, 2),
         loss=trained.get("loss"),
-        knn_top1=None,
+        knn_top1=trained.get("quality", {}).get("knn_top1"),
         resumed_from_step=resumed_from_step,
         health=trained.get("health", {}),
+        quality=trained.get("quality", {}),
         stopped=stopped,
     )

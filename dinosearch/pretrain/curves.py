@@ -23,7 +23,8 @@ PANELS = {
     "center_norm": "length of the center",
     "feature_std": "spread of features (1: even, 0: one point)",
     "rank": "effective rank of features (RankMe)",
-    "recall_at_1": "recall of an image's other views",
+    "recall_at_1": "recall@1 of distorted images",
+    "embedding_rank": "effective rank of undistorted images",
     "knn_top1": "k-NN accuracy",
     "lr": "learning rate",
 }

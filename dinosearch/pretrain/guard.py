@@ -52,7 +52,7 @@ class Guard:
         """The alarm at this step, if any; without one and with good signals, this becomes the last sound state."""
         if health is None:
             return not_a_number(loss)
-        alarm = self._watch.judge(health, done=done, warmup=self.run.recipe.warmup)
+        alarm = self._watch.judge(health, done=done, recipe=self.run.recipe)
         if alarm is None and self._watch.calm:
             self.sound_step, self._sound = step, self.run.state()
         if alarm is not None and len(self.alarms) >= MOST_ALARMS:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Health:
-    """One look at the teacher. Collapse shows as KL near 0 (all images alike) or as features without spread."""
+    """One look at the teacher. docs/health.md tells what sound and collapsed runs show."""
 
     teacher_entropy: float
     """Mean entropy of the teacher's assignment of one crop, in nats: 0 is one-hot, ln(out_dim) is uniform."""
@@ -17,8 +17,6 @@ class Health:
     """Mean KL divergence of assignments from their mean, in nats: 0 means that every crop is assigned alike."""
     prototypes_used: float
     """Share of the prototypes in use: exp(entropy of the mean assignment) / out_dim, 0..1."""
-    crops_told_apart: float
-    """Prototypes in use for every crop looked at, or for every prototype if these are fewer: 0 when all share one."""
     feature_std: float
     """Standard deviation of unit features over the batch, times sqrt(dim): 1 is spread evenly, 0 is one point."""
     rank: float
@@ -46,7 +44,6 @@ def look(assignments: Tensor, features: Tensor, *, center: Tensor, loss: float) 
         teacher_entropy=entropy,
         teacher_kl=mean_entropy - entropy,  # Σ p log(p/m) averaged over rows = H(mean) − mean H
         prototypes_used=math.exp(mean_entropy) / p.shape[1],
-        crops_told_apart=math.exp(mean_entropy) / min(p.shape),
         feature_std=(unit.std(dim=0).square().mean().sqrt() * math.sqrt(unit.shape[1])).item(),
         rank=effective_rank(unit),
         center_norm=center.float().norm().item(),

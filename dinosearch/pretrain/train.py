@@ -23,10 +23,10 @@ from dinosearch.images.workers import DecodePool
 from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
 from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
-from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
+from dinosearch.pretrain.course import Course, Evaluate, Progress, TrainReport, report_on
 from dinosearch.pretrain.distill import Mentor, crop_size, find_mentor
 from dinosearch.pretrain.distributed import Team, teamwork
-from dinosearch.pretrain.gather import decode_pool, gather_images, images_digest
+from dinosearch.pretrain.gather import TrainingImage, decode_pool, gather_images, images_digest
 from dinosearch.pretrain.logs import check_logs, open_logs
 from dinosearch.pretrain.memory import available_bytes, forecast, out_of_memory_explained, ways_to_save
 from dinosearch.pretrain.plan import plan_from_facts, plan_length
@@ -93,6 +93,10 @@ class TrainConfig:
     """Seconds between checkpoints; a kill loses at most these."""
     logs: tuple[str, ...] = ()
     """"tensorboard", "wandb" or both, beside metrics.jsonl."""
+    evaluate: Evaluate | None = None
+    """Accuracy of a backbone by labels, for the record: see pretrain.course. Training never sees a label."""
+    select: str = "quality"
+    """What chooses the weights that are exported: "quality", without labels, or "labels", by `evaluate`."""
 
 
 def train(
@@ -270,6 +274,8 @@ def _train(
             trained=trained | {"images": len(bank), "failed": len(bank.failed)},
             note=note,
             checkpoint=checkpoint,
+            evaluate=config.evaluate,
+            select=config.select,
             logs=open_logs(
                 config.logs if team.leads else (),
                 folder / "training",
@@ -281,7 +287,7 @@ def _train(
 
 
 def _choose(
-    config: TrainConfig, images: Sequence[TrainingImage], *, device: torch.device, pool: DecodePool, note: Note
+    config: TrainConfig, images: list[TrainingImage], *, device: torch.device, pool: DecodePool, note: Note
 ) -> _Beginning:
     """What a new run begins with, told to `note`."""
     accelerator = device.type != "cpu"
@@ -356,6 +362,8 @@ def _check(config: TrainConfig) -> None:
     ):
         raise UsageError("--steps must be 0 or more, --epochs and --minutes more than 0")
     check_logs(config.logs)
+    if config.select == "labels" and config.evaluate is None:
+        raise UsageError("--select labels needs some: name a CSV, or folders, with --labels")
     if config.resume and config.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: choose one")
 

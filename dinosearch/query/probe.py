@@ -161,6 +161,22 @@ def probe(
     )
 
 
+def knn_accuracy(
+    vectors: np.ndarray,
+    labels: Sequence[str],
+    *,
+    split: Sequence[str] | None = None,
+    seed: int = 0,
+    note: Callable[[str], None] = lambda _: None,
+) -> Knn:
+    """The k-NN vote of `probe` alone; it takes and raises the same."""
+    task = pose_task(labels, split=split, seed=seed, note=note)
+    train, test = vectors[task.training], vectors[task.testing]
+    k = _k(task.classes[task.training])
+    guess = knn_vote(train, task.classes[task.training], test, k=k)
+    return Knn(float((guess == task.truth).mean()), k)
+
+
 def pose_task(
     labels: Sequence[str],
     *,
@@ -300,6 +316,25 @@ def _fit(model: LogisticRegression, features: np.ndarray, classes: np.ndarray) -
         # Separable classes with a weak penalty: accuracy has settled long before the gradient has.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(features, classes)
+
+
+def _task(
+    labels: Sequence[str], split: Sequence[str] | None, *, seed: int, note: Callable[[str], None]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Names of the classes, the class of each row, and the rows to train and to test with."""
+    names, classes = np.unique(np.asarray(labels, dtype=object), return_inverse=True)
+    training, testing = _parts(names, classes, split, seed=seed, note=note)
+    if len(np.unique(classes[training])) < 2:
+        raise DinosearchError(
+            f"all {len(training)} training images have the label {names[classes[training[0]]]!r}. "
+            "Label images of two classes or more"
+        )
+    _note_untrained(names, classes, training, testing, note)
+    return names, classes, training, testing
+
+
+def _k(training_classes: np.ndarray) -> int:
+    return int(min(MAX_K, _counts(training_classes).min(), len(training_classes)))
 
 
 def _parts(

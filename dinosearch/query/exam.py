@@ -1,0 +1,116 @@
+"""How well a backbone that is still learning tells labelled images apart. Knows no index and no training.
+
+The pictures are decoded once, when the first backbone says how, and kept; accuracy is that of `probe`, from the vote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dinosearch.errors import DinosearchError, UsageError
+from dinosearch.images import BadImage, Fit, decode, find_images, in_threads, n_cores, pixel_budget, read_bytes
+from dinosearch.index.contents import IndexedFile
+from dinosearch.query.labels import load_labels
+from dinosearch.query.probe import knn_accuracy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dinosearch.vit.folder import ModelFacts
+
+BY_FOLDER = "folders"
+MOST_IMAGES = 4000
+"""Labelled images asked about; more would cost more of a run than their accuracy's last digit is worth."""
+CHUNK = 256
+
+
+class Exam:
+    """Asks one backbone after another about the same held-out images.
+
+    split: "train" or "test" for each path; without it a fifth of each class is held out.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Sequence[str],
+        *,
+        split: Sequence[str] | None = None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        rows = np.sort(np.random.default_rng(0).permutation(len(paths))[:MOST_IMAGES])
+        self._paths = [paths[row] for row in rows]
+        self._labels = [labels[row] for row in rows]
+        self._split = [split[row] for row in rows] if split is not None else None
+        self._note = note
+        self._pixels: np.ndarray | None = None
+
+    def __call__(self, backbone: nn.Module, facts: ModelFacts) -> float:
+        """Share of held-out images whose class a vote of the nearest finds. The backbone is in eval mode.
+
+        Raises DinosearchError when the labels leave nothing to tell apart.
+        """
+        if self._pixels is None:
+            self._pixels = self._read(facts)
+        vectors = _embed(backbone, self._pixels, facts)
+        found = knn_accuracy(vectors, self._labels, split=self._split, note=self._note)
+        self._note = lambda _: None  # what there was to say of the labels is said
+        return found.top1
+
+    def _read(self, facts: ModelFacts) -> np.ndarray:
+        """uint8 [n, size, size, 3]; files without usable pixels are left out, and their labels with them."""
+        fit = Fit(facts.image_size, mode=facts.fit, crop_pct=facts.crop_pct, interpolation=facts.interpolation)
+        budget = pixel_budget(n_cores())
+
+        def square(path: Path) -> np.ndarray | None:
+            try:
+                return decode(read_bytes(path), fit, max_pixels=budget).pixels
+            except BadImage:
+                return None
+
+        squares = list(in_threads(square, self._paths, ahead=256))
+        kept = [i for i, pixels in enumerate(squares) if pixels is not None]
+        if not kept:
+            raise DinosearchError("none of the labelled images can be read. Check --labels")
+        self._labels = [self._labels[i] for i in kept]
+        self._split = [self._split[i] for i in kept] if self._split is not None else None
+        return np.stack([pixels for pixels in squares if pixels is not None])
+
+
+def open_exam(labels: str, folders: Sequence[Path], *, note: Callable[[str], None] = lambda _: None) -> Exam:
+    """An exam on the images in `folders`, labelled by a CSV, or by "folders": the first folder below each of them.
+
+    Raises DinosearchError when there are no labels, or none of these images has one.
+    """
+    files = [
+        IndexedFile(folder.resolve() / image.path, image.path, folder.resolve())
+        for folder in folders
+        for image in find_images(folder).images
+    ]
+    if labels == BY_FOLDER:
+        inside = [file for file in files if "/" in file.relative]
+        if not inside:
+            raise UsageError("--labels folders needs images in subfolders. Sort them into some, or name a CSV")
+        return Exam([Path(file.path) for file in inside], [file.relative.split("/")[0] for file in inside], note=note)
+    known = load_labels(Path(labels), files)
+    if known.unmatched:
+        note(f"{len(known.unmatched)} lines of {labels} name no image that is trained on")
+    return Exam([Path(files[row].path) for row in known.rows], known.labels, split=known.splits, note=note)
+
+
+def _embed(backbone: nn.Module, pixels: np.ndarray, facts: ModelFacts) -> np.ndarray:
+    """Unit float32 [n, dim]"""
+    import torch
+
+    device = next(backbone.parameters()).device
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (facts.mean, facts.std))
+    vectors = []
+    with torch.no_grad():
+        for chunk in torch.from_numpy(pixels).split(CHUNK):
+            images = chunk.to(device).permute(0, 3, 1, 2).float() / 255
+            vectors.append(torch.nn.functional.normalize(backbone((images - mean) / std).float(), dim=1).cpu())
+    return torch.cat(vectors).numpy()
