@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint", "localhost:0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 TRAIN = [
     *("-m", "dinosearch", "train", "digits", "--batch-size", "8", "--out-dim", "32", "--local-crops", "2"),

@@ -292,3 +292,54 @@ def test_the_default_length_is_epochs_or_minutes(images: Path, tmp_path: Path, m
     monkeypatch.setattr(plan_module, "DEFAULT_EPOCHS", 2)
     report, _ = run(images, tmp_path)
     assert report.steps == 7
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(images: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    run(images, tmp_path, name="a", steps=6, stop=stops_after(3))
+    before = sorted((tmp_path / "a" / "training").glob("checkpoint-*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    weights_bytes = (tmp_path / "a" / "weights.safetensors").stat().st_size
+    said: list[str] = []
+    resource.setrlimit(resource.RLIMIT_FSIZE, (weights_bytes + 50_000, limits[1]))  # fits the model, no checkpoint
+    try:
+        report, _ = run(images, tmp_path, name="a", resume=True, checkpoint_every=0.0, note=said.append)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert report.steps == 6
+    assert any("no checkpoint at step 6" in line and "the one before stays" in line for line in said)
+    assert sorted((tmp_path / "a" / "training").iterdir()) == sorted([*before, tmp_path / "a/training/metrics.jsonl"])
+    again, _ = run(images, tmp_path, name="a", resume=True)
+    assert again.fingerprint == report.fingerprint
+
+
+def test_another_number_of_threads_is_told(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path, name="a", steps=6, stop=stops_after(3))
+    said: list[str] = []
+    torch.set_num_threads(2)
+    run(images, tmp_path, name="a", resume=True, note=said.append)
+    assert any("begun on 1 CPU thread, not 2 CPU threads" in line for line in said)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path, name="a", steps=5, checkpoint_every=0.0)
+    before, newest = sorted((tmp_path / "a" / "training").glob("checkpoint-*"))
+    data = bytearray(newest.read_bytes())
+    data[-100] ^= 1
+    newest.write_bytes(data)
+    said: list[str] = []
+    found = last_checkpoint(tmp_path / "a" / "training", note=said.append)
+    assert found is not None
+    assert found.path == before
+    assert "damaged" in said[0]
+
+
+def test_a_time_budget_goes_on_with_what_was_left() -> None:
+    plan = plan_module.Plan(1000, time.monotonic() + 30, most_steps=2000)
+    facts = json.loads(json.dumps(plan.facts()))
+    again = plan_module.plan_from_facts(facts)
+    assert again.deadline is not None
+    assert again.deadline - time.monotonic() == pytest.approx(30, abs=1)
+    assert (again.total_steps, again.most_steps) == (1000, 2000)
+    fixed = plan_module.plan_from_facts(plan_module.Plan(7, None).facts())
+    assert (fixed.total_steps, fixed.deadline) == (7, None)

@@ -17,6 +17,8 @@ COMPILE_FROM_MINUTES = 10.0
 """torch.compile takes a minute or two; shorter runs on a GPU go without."""
 ENDING_SECONDS = 1.0
 """Of a time budget are kept for writing the model, its page and the last checkpoint."""
+FEWEST_STEPS = 5
+"""Made even if starting has used up the time, or no schedule would be more than its beginning."""
 UNBOUNDED = 2**62
 """Steps of a run that only its deadline ends."""
 
@@ -39,7 +41,7 @@ class Plan:
         if self.deadline is None or step > 0.95 * self.total_steps:
             return
         left = max(0.0, self.deadline - time.monotonic())
-        self.total_steps = min(self.most_steps, max(step + 1, step + int(left / seconds_per_step)))
+        self.total_steps = min(self.most_steps, max(step + 1, FEWEST_STEPS, step + int(left / seconds_per_step)))
 
     def facts(self) -> dict[str, Any]:
         """For a checkpoint, as JSON keeps it: of a time budget, what is left of it now."""
