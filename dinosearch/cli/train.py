@@ -24,6 +24,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Train so many steps; 0 saves the untrained model.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Train so many passes over the images.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Train so long, and end with a finished schedule.")] = None,
+    method: Annotated[
+        str, typer.Option(help="auto, dino, or dinov2 (masked patches too; for a million images or more).")
+    ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal runs.")] = 0,
     device: DeviceOption = "auto",
     arch: Annotated[str | None, typer.Option(help="Any vision transformer of timm by name.")] = None,
@@ -51,7 +54,7 @@ def train(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Teach a vision transformer from a folder of images, without labels (DINO).
+    """Teach a vision transformer from a folder of images, without labels.
 
     What is left out is chosen from the images and the machine, and printed.
 
@@ -63,6 +66,7 @@ def train(
     from dinosearch.vit.folder import models_path
 
     options = {
+        "method": None if method == "auto" else method,
         "arch": arch,
         "image_size": image_size,
         "patch_size": patch_size,

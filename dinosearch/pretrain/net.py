@@ -22,13 +22,39 @@ class Net(nn.Module):
         super().__init__()
         self.backbone: Any = backbone
         self.head: Any
+        self.patch_head: Any
+        self.mask_token: Any
         for name, head in heads.items():
             self.add_module(name, head)
+        self._masks: Tensor | None = None
+        if "mask_token" in heads:  # a hook, so that the backbone stays timm's, and is saved as such
+            patch_embed: Any = backbone.patch_embed
+            patch_embed.register_forward_hook(self._hide)
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [n, 3, size, size] → features [n, dim], patch tokens [n, n_patches, dim]."""
+    def encode(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images [n, 3, size, size] → features [n, dim], patch tokens [n, n_patches, dim].
+
+        masks: bool [n, rows, columns], patches to hide; a method that does so has a head called `mask_token`.
+        """
+        self._masks = masks
         tokens = self.backbone.forward_features(images)
+        self._masks = None
         return self.backbone.forward_head(tokens), tokens[:, self.backbone.num_prefix_tokens :]
+
+    def _hide(self, _module: nn.Module, _inputs: Any, patches: Tensor) -> Tensor:
+        return patches if self._masks is None else self.mask_token(patches, self._masks)
+
+
+class MaskToken(nn.Module):
+    """One learnt vector in place of hidden patches, before positions are added (BEiT, arXiv 2106.08254)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, dim))
+
+    def forward(self, patches: Tensor, masks: Tensor) -> Tensor:
+        """patches: [n, rows, columns, dim]. masks: bool [n, rows, columns]."""
+        return torch.where(masks[..., None], self.weight.to(patches.dtype), patches)
 
 
 def create_backbone(recipe: Recipe, *, drop_path_rate: float, device: torch.device) -> nn.Module:

@@ -5,13 +5,15 @@ A new method is a class with the members of `Objective`, and a name in `make_obj
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinosearch.pretrain.dino import DINOHead, DINOLoss
-from dinosearch.pretrain.dinov2 import koleo_loss
-from dinosearch.pretrain.net import Net
+from dinosearch.pretrain.dinov2 import IBOTLoss, SinkhornDINOLoss, koleo_loss
+from dinosearch.pretrain.masking import block_masks, masked_places, most_masked, patches_to_mask
+from dinosearch.pretrain.net import MaskToken, Net
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.schedules import linear_then_constant
 
@@ -77,7 +79,7 @@ class Objective(nn.Module, ABC):
 
 def make_objective(recipe: Recipe) -> Objective:
     """The objective that `recipe.method` names."""
-    return {"dino": DINO}[recipe.method](recipe)
+    return {"dino": DINO, "dinov2": DINOv2}[recipe.method](recipe)
 
 
 class DINO(Objective):
@@ -86,7 +88,8 @@ class DINO(Objective):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
-        self.dino_loss = DINOLoss(
+        kind = SinkhornDINOLoss if recipe.teacher_normalisation == "sinkhorn" else DINOLoss
+        self.dino_loss = kind(
             recipe.out_dim, student_temperature=recipe.student_temperature, center_momentum=recipe.center_momentum
         )
 
@@ -96,18 +99,11 @@ class DINO(Objective):
     def forward_crops(self, student: Net, teacher: Net, *views: Tensor) -> Forwarded:
         global_views, local_views = views
         with torch.no_grad():
-            teacher_features = teacher.backbone(global_views.flatten(0, 1))
+            teacher_features, _ = teacher.encode(global_views.flatten(0, 1))
             teacher_logits = teacher.head(teacher_features)
-        features = student.backbone(global_views.flatten(0, 1))
-        if len(local_views):
-            features = torch.cat([features, student.backbone(local_views.flatten(0, 1))])
-        batch = global_views.shape[1]
-        return {
-            "teacher_features": teacher_features.float(),
-            "teacher_logits": teacher_logits.float().unflatten(0, (2, batch)),
-            "features": features.float(),
-            "logits": student.head(features).float().unflatten(0, (-1, batch)),
-        }
+        features, _ = student.encode(global_views.flatten(0, 1))
+        features = torch.cat([features, *_encode_locals(student, local_views)])
+        return _of_crops(teacher_features, teacher_logits, features, student.head(features))
 
     def terms(self, forwarded: Forwarded, *, done: float) -> Terms:
         temperature = self.teacher_temperature(done)
@@ -132,6 +128,79 @@ class DINO(Objective):
         super().adopt(recipe)
         self.dino_loss.center_momentum = recipe.center_momentum
         self.dino_loss.student_temperature = recipe.student_temperature
+
+
+class DINOv2(DINO):
+    """DINO, and the student's guess of patches that it does not see, through heads of their own (arXiv 2304.07193)."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.ibot_loss = IBOTLoss(
+            recipe.out_dim,
+            student_temperature=recipe.student_temperature,
+            center_momentum=recipe.center_momentum,
+            sinkhorn=recipe.teacher_normalisation == "sinkhorn",
+        )
+
+    def heads(self, dim: int) -> dict[str, nn.Module]:
+        return super().heads(dim) | {"patch_head": make_head(dim, self.recipe), "mask_token": MaskToken(dim)}
+
+    def extend(self, views: tuple[Tensor, ...], *, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Masks [2 × batch, rows, columns], indices of hidden patches among all, and their weights."""
+        recipe, device = self.recipe, views[0].device
+        n_images, grid = 2 * views[0].shape[1], views[0].shape[-1] // recipe.patch_size
+        limits: Any = {"probability": recipe.mask_probability, "ratio": recipe.mask_ratio}
+        counts = patches_to_mask(n_images, grid * grid, **limits, generator=generator)
+        masks = block_masks(counts, grid, generator=generator)
+        places = masked_places(masks, size=most_masked(n_images, grid * grid, **limits))
+        return (*views, *(tensor.to(device, non_blocking=True) for tensor in (masks, *places)))
+
+    def forward_crops(self, student: Net, teacher: Net, *views: Tensor) -> Forwarded:
+        global_views, local_views, masks, indices, weights = views
+        with torch.no_grad():
+            teacher_features, patches = teacher.encode(global_views.flatten(0, 1))
+            teacher_logits = teacher.head(teacher_features)
+            teacher_patch_logits = teacher.patch_head(patches.flatten(0, 1)[indices])
+        features, patches = student.encode(global_views.flatten(0, 1), masks)
+        patch_logits = student.patch_head(patches.flatten(0, 1)[indices])
+        features = torch.cat([features, *_encode_locals(student, local_views)])
+        return _of_crops(teacher_features, teacher_logits, features, student.head(features)) | {
+            "teacher_patch_logits": teacher_patch_logits.float(),
+            "patch_logits": patch_logits.float(),
+            "patch_weights": weights,
+        }
+
+    def terms(self, forwarded: Forwarded, *, done: float) -> Terms:
+        terms = super().terms(forwarded, done=done)
+        loss = self.ibot_loss(
+            forwarded["patch_logits"],
+            forwarded["teacher_patch_logits"],
+            forwarded["patch_weights"],
+            n_images=len(forwarded["teacher_features"]),
+            teacher_temperature=terms.teacher_temperature,
+        )
+        total = terms.total + self.recipe.ibot_weight * loss
+        return Terms(total, terms.parts | {"ibot": loss}, terms.teacher_temperature)
+
+    def adopt(self, recipe: Recipe) -> None:
+        super().adopt(recipe)
+        self.ibot_loss.center_momentum = recipe.center_momentum
+        self.ibot_loss.student_temperature = recipe.student_temperature
+
+
+def _encode_locals(student: Net, local_views: Tensor) -> list[Tensor]:
+    """Features of all local crops at once, in a list that is empty when there are none."""
+    return [student.encode(local_views.flatten(0, 1))[0]] if len(local_views) else []
+
+
+def _of_crops(teacher_features: Tensor, teacher_logits: Tensor, features: Tensor, logits: Tensor) -> Forwarded:
+    batch = len(teacher_features) // 2
+    return {
+        "teacher_features": teacher_features.float(),
+        "teacher_logits": teacher_logits.float().unflatten(0, (2, batch)),
+        "features": features.float(),
+        "logits": logits.float().unflatten(0, (-1, batch)),
+    }
 
 
 def make_head(dim: int, recipe: Recipe) -> DINOHead:

@@ -22,7 +22,10 @@ LIMITS = {
     **dict.fromkeys(("patch_size", "image_size", "local_size"), (1, math.inf)),
     **dict.fromkeys(("batch_size", "out_dim", "head_hidden_dim", "head_bottleneck_dim"), (2, math.inf)),
     **dict.fromkeys(("flip", "grayscale", "blur", "solarize", "jitter"), (0, 1)),
-    **dict.fromkeys(("warmup", "temperature_warmup", "freeze_last_layer", "freeze_backbone"), (0, 1)),
+    **dict.fromkeys(
+        ("warmup", "temperature_warmup", "freeze_last_layer", "freeze_backbone", "mask_probability", "mask_ratio"),
+        (0, 1),
+    ),
     **dict.fromkeys(("global_scale", "local_scale"), (1e-4, 1)),
     **dict.fromkeys(("teacher_momentum", "center_momentum"), (0, 1)),
     **dict.fromkeys(("teacher_temperature", "warmup_teacher_temperature", "student_temperature"), (1e-4, math.inf)),

@@ -80,7 +80,13 @@ def train(config: TrainConfig, *, note: Note = quiet, stop: Callable[[], bool] =
     digest = _digest(paths)
     if kept is None:
         survey = survey_images(paths)
-        recipe, reasons = plan_recipe(survey, accelerator=device.type != "cpu", overrides=config.overrides)
+        recipe, reasons = plan_recipe(
+            survey,
+            accelerator=device.type != "cpu",
+            overrides=config.overrides,
+            steps=config.steps,
+            epochs=config.epochs,
+        )
         _tell(reasons, note)
         seed, grey, side = config.seed, survey.grey, _bank_side(recipe, survey)
     else:
@@ -253,7 +259,7 @@ def _tell(reasons: list[Reason], note: Note) -> None:
 
 def _trained(config: TrainConfig, recipe: Recipe, *, seed: int, n_images: int) -> dict[str, Any]:
     return {
-        "method": "dino",
+        "method": recipe.method,
         "data": [str(folder) for folder in config.images],
         "images": n_images,
         "seed": seed,
