@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dinosearch.pretrain.short_attention import ShortAttention, can_shorten
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.vit.folder import create_vit
 
@@ -99,9 +100,11 @@ def create_backbone(recipe: Recipe, *, drop_path_rate: float, device: torch.devi
         backbone.blocks = FrugalBlocks(backbone.blocks, parts=recipe.accumulate, each=recipe.checkpoint_activations)
     n_tokens = (recipe.image_size // recipe.patch_size) ** 2
     if device.type == "cpu" and n_tokens <= FUSED_ATTENTION_TOKENS:
-        attentions: list[Any] = [m for m in backbone.modules() if hasattr(m, "fused_attn")]
-        for attention in attentions:
-            attention.fused_attn = False
+        holders: list[Any] = [m for m in backbone.modules() if hasattr(getattr(m, "attn", None), "fused_attn")]
+        for holder in holders:
+            holder.attn.fused_attn = False
+            if can_shorten(holder.attn):
+                holder.attn = ShortAttention(holder.attn)
     return backbone
 
 
