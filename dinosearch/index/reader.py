@@ -388,9 +388,13 @@ def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str
 def unit(halves: np.ndarray) -> np.ndarray:
     """Stored float16 vectors as float32 [n, dim] of unit length, which rounding had changed by up to 5e-4."""
     vectors = halves.astype(np.float32)
-    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
-    vectors /= np.maximum(norms, np.finfo(np.float32).tiny)[:, None]
+    vectors /= norms(vectors)[:, None]
     return vectors
+
+
+def norms(vectors: np.ndarray) -> np.ndarray:
+    """Lengths float32 [n], none of them zero, of float32 [n, dim]."""
+    return np.maximum(np.sqrt(np.einsum("nd,nd->n", vectors, vectors)), np.finfo(np.float32).tiny)
 
 
 def _options_of(stored: str) -> RootOptions:
