@@ -115,10 +115,10 @@ def compare(changes: Changes, view: View, stored: Iterable[StoredFile], keys: De
     n_stored = n_missing = 0
     for before in stored:
         n_stored += 1
-        image = _as_stored(before) if found is None else found.pop((before.path, before.member), None)
+        image = before.image if found is None else found.pop((before.path, before.member), None)
         if image is None:
             if not (hidden and before.path.startswith(hidden)):
-                (changes.excluded if view.excluded(_as_stored(before)) else gone).append(before)
+                (changes.excluded if view.excluded(before.image) else gone).append(before)
             elif before.status == OK and not before.embedded:
                 changes.n_out_of_reach += 1
             continue
@@ -137,10 +137,6 @@ def compare(changes: Changes, view: View, stored: Iterable[StoredFile], keys: De
     changes.n_stored[view.source.location], changes.n_missing[view.source.location] = n_stored, n_missing
     wanted += [Wanted(view.root, view.source, image, None, view.all_pages) for image in (found or {}).values()]
     changes.wanted += sorted(wanted, key=lambda each: (os.fsencode(each.found.path), os.fsencode(each.found.member)))
-
-
-def _as_stored(before: StoredFile) -> FoundImage:
-    return FoundImage(before.path, before.size, before.mtime_ns, before.member, before.metadata)
 
 
 def _needs_no_reading(before: StoredFile, found: FoundImage, keys: DecoderKeys, *, all_pages: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dinosearch.images.source import ScanOptions
+from dinosearch.images.source import FoundImage, ScanOptions
 
 OK = "ok"
 UNREADABLE = "unreadable"
@@ -49,6 +49,11 @@ class StoredFile(NamedTuple):
     """How many frames are known; None where only the first was looked at."""
     embedded: bool
     """Its content, with all frames known, has vectors of the model asked about."""
+
+    @property
+    def image(self) -> FoundImage:
+        """As a scan would find it, if it is as it was."""
+        return FoundImage(self.path, self.size, self.mtime_ns, self.member, self.metadata)
 
 
 @dataclass(frozen=True, slots=True)
