@@ -4,9 +4,20 @@ import numpy as np
 import pytest
 from stores import brute_force, clustered, unit_vectors
 
+from dinosearch.index import faiss_type
 from dinosearch.index.exact import unit_blocks
-from dinosearch.index.faiss_type import add, build, candidate_types, held_out_queries, measure, true_tenth, tune
+from dinosearch.index.faiss_type import (
+    add,
+    build,
+    candidate_types,
+    held_out_queries,
+    measure,
+    true_tenth,
+    tune,
+    within_reach,
+)
 from dinosearch.index.reader import norms, unit
+from dinosearch.index.stored import GraphStored
 
 N, DIM = 3000, 64
 GRAPH, LISTS = "IDMap,HNSW16_SQfp16", "PCAR16,IVF32,PQ16x4fsr"
@@ -101,3 +112,14 @@ def test_recall_is_measured_not_assumed(asked, stored):
 def test_a_single_vector_can_be_measured():
     halves = unit_vectors(1, 16).astype(np.float16)
     assert true_tenth(unit(halves), unit_blocks(halves), 1) == pytest.approx(1)
+
+
+def test_a_small_graph_tells_that_a_large_one_is_not_worth_building(monkeypatch):
+    monkeypatch.setattr(faiss_type, "PROBED", 2000)
+    monkeypatch.setattr(GraphStored, "efforts", [64])
+    for vectors, reached in ((unit_vectors(10_000, DIM), False), (clustered(10_000, DIM), True)):
+        halves = vectors.astype(np.float16)
+        lengths = norms(halves.astype(np.float32))
+        assert within_reach(GRAPH, halves, lengths, recall=0.99) == reached
+        assert within_reach(GRAPH, halves[:9000], lengths[:9000], recall=0.99)  # too few to ask
+        assert within_reach(LISTS, halves, lengths, recall=0.99)

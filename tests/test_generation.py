@@ -11,6 +11,7 @@ from indexing import DIM, Workshop, a_model, write_image, write_images
 from stores import MODEL, add, all_vectors, brute_force, catalog_of, clustered, unit_vectors
 
 from dinosearch.errors import DinosearchError
+from dinosearch.index import faiss_type
 from dinosearch.index import generation as generation_module
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.contents import index_info, read_vectors
@@ -208,11 +209,21 @@ def test_where_nothing_quicker_will_do_search_is_exact_and_says_so(tmp_path, dim
 
 
 def test_a_type_that_misses_the_target_gives_way_to_exact_search(tmp_path, monkeypatch):
-    monkeypatch.setattr(generation_module, "tune", lambda *_, **__: None)
+    monkeypatch.setattr(faiss_type, "tune", lambda *_, **__: None)
     notes = []
     with catalog_of(tmp_path, clustered(600, 64)) as catalog:
         generation = write_generation(catalog, fingerprint=MODEL, dim=64, exact_below=100, note=notes.append)
     assert (generation.kind, generation.recall_at_10) == ("Flat", 1.0)
+    assert "does not find 95% of the 10 nearest" in notes[0]
+
+
+def test_a_type_out_of_reach_is_not_built_in_vain(tmp_path, monkeypatch):
+    monkeypatch.setattr(faiss_type, "within_reach", lambda *_, **__: False)
+    monkeypatch.setattr(faiss_type, "build", lambda *_, **__: pytest.fail("built"))
+    notes = []
+    with catalog_of(tmp_path, clustered(600, 64)) as catalog:
+        generation = write_generation(catalog, fingerprint=MODEL, dim=64, exact_below=100, note=notes.append)
+    assert generation.kind == "Flat"
     assert "does not find 95% of the 10 nearest" in notes[0]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, Scan, Source
-from dinosearch.index.rows import OK, TOO_LARGE, UNREADABLE, FileRow, StoredFile
+from dinosearch.index.rows import OK, UNREADABLE, DecoderKeys, FileRow, StoredFile
 
 MAX_GONE = 0.2
 """Share of a root's files that may be gone without being asked about: more looks like a disk half mounted."""
@@ -46,18 +46,6 @@ class Wanted:
             return "new"
         same = row.content_hash == self.stored.content_hash and self.stored.status in (OK, UNREADABLE)
         return "changed" if not same else "moved" if self.moved else "unchanged"
-
-
-@dataclass(frozen=True)
-class DecoderKeys:
-    """What a bad file was tried with; it is tried again when that changes."""
-
-    decoders: str
-    large: str
-    """Decoders and pixel budget: for files that were refused for their size."""
-
-    def of(self, status: str) -> str:
-        return self.large if status == TOO_LARGE else self.decoders
 
 
 @dataclass(frozen=True)

@@ -30,20 +30,8 @@ import numpy as np
 from dinosearch.errors import DinosearchError
 from dinosearch.index.catalog import Catalog, Generation
 from dinosearch.index.exact import BLOCK, unit_blocks
-from dinosearch.index.faiss_type import (
-    EXACT_BELOW,
-    RECALL,
-    Measured,
-    add,
-    build,
-    candidate_types,
-    held_out_queries,
-    measure,
-    true_tenth,
-    tune,
-)
+from dinosearch.index.faiss_type import EXACT_BELOW, RECALL, Measured, held_out_queries, measure, true_tenth, tuned_type
 from dinosearch.index.reader import norms as norms_of
-from dinosearch.index.reader import unit
 from dinosearch.index.stored import ExactStored, Stored, TunedStored, tuned_class
 
 ALWAYS_HASHED = 32 << 20
@@ -57,7 +45,6 @@ NEW_SHARE = 0.02
 _EXACT_QUERIES = 100  # for the latency of exact search, whose recall is no question
 _LEAST_LOOPS = 1024
 _BESIDE = (".f16", ".norms", ".ids")  # files beside the FAISS file of a tuned type
-_TUNINGS = 3  # of a type, before it is given up
 
 
 class DamagedGeneration(Exception):
@@ -154,7 +141,7 @@ def write_generation(
             stored, measured = _exact_measured(dim, catalog.vector_blocks(fingerprint=fingerprint))
         else:
             ids, halves, norms = _write_beside(catalog, fingerprint, dim, aside)
-            tuned = _tuned(ids, halves, norms, recall=recall, max_memory=max_memory, note=note)
+            tuned = tuned_type(ids, halves, norms, recall=recall, max_memory=max_memory, note=note)
             stored, measured = tuned or _exact_measured(dim, _numbered(ids, halves))
         suffixes = [".faiss", *_BESIDE] if isinstance(stored, TunedStored) else [".faiss"]
         with _written(folder / f"vectors-{number}.faiss"):
@@ -289,48 +276,10 @@ def _numbered(ids: np.ndarray, halves: np.ndarray) -> Iterator[tuple[np.ndarray,
         start += len(block)
 
 
-def _tuned(
-    ids: np.ndarray,
-    halves: np.ndarray,
-    norms: np.ndarray,
-    *,
-    recall: float,
-    max_memory: int | None,
-    note: Callable[[str], None],
-) -> tuple[Stored, Measured] | None:
-    """The first type that reaches the target on both halves of the held-out vectors; None, and said so, without."""
-    held_out = held_out_queries(len(ids))
-    queries = unit(halves[held_out])
-    others = (unit(block) for block in _blocks_without(halves, held_out))
-    truth = true_tenth(queries, others, len(halves) - len(held_out))
-    names = candidate_types(len(ids), halves.shape[1], max_memory=max_memory)
-    for name in names:
-        built = build(name, ids, halves, norms, held_out=held_out)
-        asked = recall
-        for _ in range(_TUNINGS):
-            tuned = tune(built, queries[::2], truth=truth[::2], recall=asked)
-            if tuned is None:
-                break
-            measured = measure(tuned, queries[1::2], truth=truth[1::2])
-            if measured.recall_at_10 >= recall:
-                add(tuned, held_out)
-                return tuned, measured
-            asked += recall - measured.recall_at_10  # what held for one half did not for the other: ask for more
-        note(f"{name} does not find {recall:.0%} of the 10 nearest of these vectors")
-    note("every query is compared with all vectors" + ("" if names else ": too little memory for anything quicker"))
-    return None
-
-
 def _exact_measured(dim: int, blocks: Iterator[tuple[np.ndarray, np.ndarray]]) -> tuple[Stored, Measured]:
     stored = _exact(dim, blocks)
     queries = stored.rows(held_out_queries(len(stored.ids), n_queries=_EXACT_QUERIES))
     return stored, measure(stored, queries, truth=true_tenth(queries, _blocks(stored.matrix), len(stored.ids)))
-
-
-def _blocks_without(halves: np.ndarray, positions: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(halves), BLOCK):
-        block = halves[start : start + BLOCK]
-        yield np.delete(block, positions[(positions >= start) & (positions < start + len(block))] - start, axis=0)
 
 
 def _blocks(matrix: np.ndarray) -> Iterator[np.ndarray]:

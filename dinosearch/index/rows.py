@@ -77,6 +77,18 @@ class FileRow:
     metadata: str = ""
 
 
+@dataclass(frozen=True)
+class DecoderKeys:
+    """What a bad file was tried with; it is tried again when that changes."""
+
+    decoders: str
+    large: str
+    """Decoders and pixel budget: for files that were refused for their size."""
+
+    def of(self, status: str) -> str:
+        return self.large if status == TOO_LARGE else self.decoders
+
+
 class Content(NamedTuple):
     """What is known of a content (the bytes of a file), whatever the files that hold it."""
 

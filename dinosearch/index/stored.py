@@ -152,9 +152,17 @@ class TunedStored(ABC):
     def _found(self, queries: np.ndarray, n: int, effort: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions as `candidates`, and products float32 by the codes."""
         products, ids = self.index.search(queries, n, params=self._parameters(effort))
-        positions = np.searchsorted(self.ids, ids)
-        positions[ids < 0] = -1
-        return positions, products
+        return self._positions(ids), products
+
+    def _positions(self, ids: np.ndarray) -> np.ndarray:
+        """Where ids [n_queries, n] are, -1 for none, which come last in each row."""
+        first = self.ids[0]
+        # Without gaps, as most indexes are, there is nothing to look up: that waits for the memory a few times.
+        dense = self.ids[-1] - first == len(self.ids) - 1
+        positions = ids - first if dense else np.searchsorted(self.ids, ids)
+        if ids[:, -1].min(initial=0) < 0:
+            positions[ids < 0] = -1
+        return positions
 
     @abstractmethod
     def _search_some(self, queries: np.ndarray, n_candidates: int, k: int) -> Near:
@@ -184,7 +192,8 @@ class GraphStored(TunedStored):
     def _search_some(self, queries: np.ndarray, n_candidates: int, _: int) -> Near:
         positions, products = self._found(queries, n_candidates, self.effort)
         scores = np.divide(products, self.norms[positions], dtype=np.float64)
-        scores[positions < 0] = -np.inf
+        if positions[:, -1].min(initial=0) < 0:
+            scores[positions < 0] = -np.inf
         return Near(positions, scores)
 
     def _parameters(self, effort: int) -> faiss.SearchParameters:

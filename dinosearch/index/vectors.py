@@ -54,7 +54,8 @@ class Vectors:
             # Beside newer vectors that equal them, stored ones must not differ by float32 rounding.
             scores = _scores(queries, near.positions, stored.rows) if near.scores is None or n_newer else near.scores
             ids = stored.ids[near.positions]
-            ids[near.positions < 0] = -1
+            if near.positions.min(initial=0) < 0:
+                ids[near.positions < 0] = -1
             parts.append((ids, scores))
         if n_newer:
             newer = nearest(queries, [self._newer], min(k, n_newer))[0]
