@@ -4,11 +4,13 @@ import io
 import json
 import os
 import struct
+import sys
 import tarfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -386,3 +388,21 @@ def test_archives_with_flipped_bytes_give_members_reasons_or_one_error(tmp_path,
         except DinosearchError:
             n_errors += 1
     assert n_errors + n_read > 100
+
+
+def test_damage_to_a_zstd_tar_is_one_error(tmp_path, monkeypatch):
+    """Python 3.14's module, in what of it matters here, where there is none."""
+
+    class ZstdError(Exception):
+        pass
+
+    def refuse(*_: object) -> None:
+        raise ZstdError("Unable to decompress Zstandard data")
+
+    zstd = SimpleNamespace(ZstdError=ZstdError, open=refuse)
+    monkeypatch.setitem(sys.modules, "compression", SimpleNamespace(zstd=zstd))
+    monkeypatch.setitem(sys.modules, "compression.zstd", zstd)
+    (tmp_path / "photos.tar.zst").write_bytes(b"no zstd")
+    source = known_source("archive", str(tmp_path / "photos.tar.zst"))
+    with pytest.raises(DinosearchError, match="Unable to decompress"):
+        source.scan(ScanOptions(), note=pytest.fail)

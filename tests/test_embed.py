@@ -14,6 +14,7 @@ from PIL import Image
 from dinosearch.images import workers
 from dinosearch.images.decode import BadImage
 from dinosearch.images.sources import open_sources
+from dinosearch.index import embed, limits
 from dinosearch.index.contents import failures, index_info, read_vectors
 from dinosearch.index.survey import GivenOptions
 from dinosearch.index.sync import sync_index
@@ -87,6 +88,38 @@ def test_a_bad_page_fails_alone(shop):
     good = len(read_vectors(shop.index)[0])
     assert 1 <= good < 6
     assert {row.status for row in failures(shop.index)} == {"truncated"}
+
+
+def test_a_bad_page_is_tried_again_when_the_decoders_change_and_only_then(shop, monkeypatch):
+    write_pages(shop.root / "a.gif", 6)
+    data = (shop.root / "a.gif").read_bytes()
+    (shop.root / "a.gif").write_bytes(data[: len(data) * 3 // 4])
+    (shop.root / "b.gif").write_bytes(data[: len(data) * 3 // 4])
+    set_age(shop.root / "a.gif", 100)
+    set_age(shop.root / "b.gif", 100)
+    shop.sync(options=ALL_PAGES)
+    tried = []
+    decode_frame = workers.OpenFile.decode_frame
+    monkeypatch.setattr(
+        workers.OpenFile, "decode_frame", lambda file, frame: tried.append(frame) or decode_frame(file, frame)
+    )
+    assert shop.sync(options=ALL_PAGES).unchanged == 2
+    assert tried == []
+    monkeypatch.setattr(limits, "decoders", lambda: "newer")
+    n_good = len(read_vectors(shop.index)[0])
+    assert shop.sync(options=ALL_PAGES).unchanged == 2
+    assert tried == list(range(1, n_good // 2 + 1))  # once for both copies
+    assert len(read_vectors(shop.index)[0]) == n_good
+    assert shop.sync(options=ALL_PAGES).unchanged == 2
+    assert tried == list(range(1, n_good // 2 + 1))
+
+
+def test_pages_beyond_the_most_are_passed_over_and_said(shop, monkeypatch):
+    monkeypatch.setattr(embed, "MOST_FRAMES", 3)
+    write_pages(shop.root / "a.tif", 5)
+    write_pages(shop.root / "b.tif", 3, seed=5)
+    assert shop.sync(options=ALL_PAGES).embedded == 6
+    assert [note for note in shop.notes if note.startswith("2 pages") and note.endswith("passed over")]
 
 
 def test_pages_of_a_file_that_could_not_be_read_once_come_back(shop, monkeypatch):

@@ -1,10 +1,23 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from stores import brute_force, clustered, unit_vectors
 
+from dinosearch.index import faiss_type
 from dinosearch.index.exact import unit_blocks
-from dinosearch.index.faiss_type import add, build, candidate_types, held_out_queries, measure, true_tenth, tune
-from dinosearch.index.reader import unit
+from dinosearch.index.faiss_type import (
+    add,
+    build,
+    candidate_types,
+    held_out_queries,
+    measure,
+    true_tenth,
+    tune,
+    within_reach,
+)
+from dinosearch.index.reader import norms, unit
+from dinosearch.index.stored import GraphStored
 
 N, DIM = 3000, 64
 GRAPH, LISTS = "IDMap,HNSW16_SQfp16", "PCAR16,IVF32,PQ16x4fsr"
@@ -14,7 +27,7 @@ GRAPH, LISTS = "IDMap,HNSW16_SQfp16", "PCAR16,IVF32,PQ16x4fsr"
 def stored(request):
     """Of 3,000 vectors, without those that are held out."""
     halves, ids = clustered(N, DIM).astype(np.float16), np.arange(N) * 3 + 5
-    return build(request.param, ids, halves, held_out=held_out_queries(N))
+    return build(request.param, ids, halves, norms(halves.astype(np.float32)), held_out=held_out_queries(N))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +57,7 @@ def test_what_is_held_out_is_not_found_before_it_is_added(stored, others):
     assert stored.index.ntotal == len(others)
     halves, ids = clustered(600, DIM, seed=3).astype(np.float16), np.arange(600) + 7
     held_out = held_out_queries(600)
-    own = build(stored.kind, ids, halves, held_out=held_out)
+    own = build(stored.kind, ids, halves, norms(halves.astype(np.float32)), held_out=held_out)
     queries = own.rows(held_out)
     most = own.efforts[-1]
     assert not np.isin(own.candidates(queries, 10, effort=most), held_out).any()
@@ -69,7 +82,7 @@ def test_what_is_tuned_meets_its_target_against_brute_force(stored, others, aske
     _, scores = brute_force(unit(stored.halves[others]), new, 10)
     shares = []
     for query, tenth in zip(new, scores[:, 9], strict=True):
-        found = tuned.search(query[None], 10)[0]
+        found = tuned.search(query[None], 10).positions[0]
         shares.append(min(10, (stored.rows(found[found >= 0]) @ query >= tenth - 1e-6).sum()) / 10)
     assert np.mean(shares) >= recall - 0.03
 
@@ -87,10 +100,10 @@ def test_a_target_out_of_reach_gives_nothing(stored, asked):
 
 def test_recall_is_measured_not_assumed(asked, stored):
     queries, truth = asked
-    rough = type(stored)(stored.kind, stored.ids, stored.halves, stored.index, effort=1, rerank=stored.reranks[0])
+    rough = replace(stored, effort=1, rerank=stored.reranks[0])
     shares = []
     for query, tenth in zip(queries, truth, strict=True):
-        found = rough.search(query[None], 10)[0]
+        found = rough.search(query[None], 10).positions[0]
         shares.append(min(10, (stored.rows(found[found >= 0]) @ query >= tenth - 1e-6).sum()) / 10)
     assert 0.05 < np.mean(shares) < 0.999
     assert measure(rough, queries, truth=truth).recall_at_10 == pytest.approx(np.mean(shares), abs=0.01)
@@ -99,3 +112,14 @@ def test_recall_is_measured_not_assumed(asked, stored):
 def test_a_single_vector_can_be_measured():
     halves = unit_vectors(1, 16).astype(np.float16)
     assert true_tenth(unit(halves), unit_blocks(halves), 1) == pytest.approx(1)
+
+
+def test_a_small_graph_tells_that_a_large_one_is_not_worth_building(monkeypatch):
+    monkeypatch.setattr(faiss_type, "PROBED", 2000)
+    halves = unit_vectors(10_000, DIM).astype(np.float16)
+    lengths = norms(halves.astype(np.float32))
+    assert within_reach(GRAPH, halves, lengths, recall=0.99)
+    monkeypatch.setattr(GraphStored, "efforts", [12])
+    assert not within_reach(GRAPH, halves, lengths, recall=0.99)
+    assert within_reach(GRAPH, halves[:9000], lengths[:9000], recall=0.99)  # too few to ask
+    assert within_reach(LISTS, halves, lengths, recall=0.99)

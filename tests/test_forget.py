@@ -8,9 +8,11 @@ from indexing import Workshop, a_model, write_image, write_images
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.sources import open_sources
+from dinosearch.index import forget as forget_module
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.contents import index_info, read_vectors
 from dinosearch.index.forget import forget
+from dinosearch.index.generation import write_generation
 from dinosearch.index.reader import unit
 from dinosearch.index.survey import GivenOptions
 from dinosearch.query.search import open_index
@@ -120,6 +122,42 @@ def test_a_list_in_a_forgotten_folder_is_followed_as_long_as_it_names_others(sho
     assert forget(shop.index, [str(shop.root)]).images == 1
     assert [file.path for file in read_vectors(shop.index)[0]] == [other]
     assert shop.sync(roots=open_sources([str(shop.root / "list.txt")])).images == 1
+
+
+def test_what_a_list_reaches_through_links_and_dots_is_shown_plainly_and_forgotten_by_any_of_its_paths(shop, tmp_path):
+    (tmp_path / "link").symlink_to(shop.root)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "list.txt").write_text(f"../images/0000.png\n{tmp_path}/link/0001.png\n../link/0002.png\n")
+    sources = open_sources([str(tmp_path / "lists" / "list.txt")])
+    shop.sync(roots=sources)
+    shown = {str(file.path) for file in read_vectors(shop.index)[0]}
+    linked = {str(tmp_path / "link" / name) for name in ("0001.png", "0002.png")}
+    assert shown == {str(shop.root / "0000.png")} | linked
+    forget(shop.index, [str(tmp_path / "link" / "0001.png")])
+    forget(shop.index, [str(shop.root / "0002.png")])
+    forget(shop.index, [str(tmp_path / "lists" / ".." / "link" / "0000.png")])
+    assert index_info(shop.index).images == 0
+
+
+def test_a_lists_own_path_means_all_that_it_names(shop, tmp_path):
+    (tmp_path / "list.txt").write_text(f"images/0000.png\n{shop.root}/0001.png\n")
+    shop.sync(roots=[shop.root / "private", *open_sources([str(tmp_path / "list.txt")])])
+    forgotten = forget(shop.index, [str(tmp_path / "list.txt")])
+    assert (forgotten.files, forgotten.images) == (2, 4)
+    assert index_info(shop.index).roots == [str(shop.root / "private")]
+
+
+def test_the_vectors_written_anew_are_held_to_the_memory_and_the_notes_given(shop, monkeypatch):
+    shop.sync()
+    given = {}
+
+    def watched(*arguments, **options):
+        given.update(options)
+        return write_generation(*arguments, **options)
+
+    monkeypatch.setattr(forget_module, "write_generation", watched)
+    forget(shop.index, [str(shop.root / "0000.png")], max_memory=10**9, note=shop.notes.append)
+    assert (given["max_memory"], given["note"]) == (10**9, shop.notes.append)
 
 
 def test_a_member_of_an_archive_is_forgotten_and_stays_so(shop, tmp_path):

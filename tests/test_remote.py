@@ -142,9 +142,18 @@ def test_an_outage_does_not_empty_a_list_of_urls(memory, tmp_path):
     sources = [opened(str(tmp_path / "l.txt"))]
     assert shop.sync(roots=sources).images == 3
     memory.store.clear()
-    with pytest.raises(DinosearchError, match=r"3 of 3 images are gone from .*l\.txt"):
+    with pytest.raises(DinosearchError, match=r"none of the 3 addresses that .*l\.txt names answers"):
         shop.sync(roots=sources)
     assert index_info(shop.index).images == 3
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_list_of_which_no_url_answers_is_an_error_and_makes_no_index(tmp_path):
+    (tmp_path / "l.txt").write_text("memory://b/gone.jpg\nftp://host/a.jpg\n")
+    shop = Workshop(tmp_path, tmp_path / "index", a_model(), None, [])
+    with pytest.raises(DinosearchError, match=r"none of the 2 addresses .* answers \(nothing is there\)"):
+        shop.sync(roots=[opened(str(tmp_path / "l.txt"))])
+    assert not shop.index.exists()
 
 
 def test_a_folder_of_a_website_is_what_its_pages_link_to(website):
@@ -189,9 +198,10 @@ def test_what_a_server_refuses_or_never_ends_is_one_image_with_a_reason(website,
 @pytest.mark.parametrize("url", ["http://[", "http://", "http://127.0.0.1:99999/a.jpg", "http://no host/a.jpg"])
 def test_an_address_that_is_none_is_one_image_with_a_reason(url, tmp_path):
     pytest.importorskip("aiohttp")
-    (tmp_path / "list.txt").write_text(url)
+    (tmp_path / "here.jpg").write_bytes(b"here")
+    (tmp_path / "list.txt").write_text(f"{url}\nhere.jpg\n")
     source = opened(str(tmp_path / "list.txt"))
-    [image] = scanned(source).images
+    [image] = [each for each in scanned(source).images if each.path == url]
     with pytest.raises(BadImage, match="unreadable: ") as caught:
         source.read(image)
     assert "\n" not in caught.value.reason

@@ -68,6 +68,17 @@ def test_newer_vectors_are_found_beside_a_tuned_generation(tmp_path):
         assert np.array_equal(alone, candidates.scores)
 
 
+def test_equal_vectors_in_a_graph_and_beside_it_have_equal_scores(tmp_path):
+    first = clustered(1500, 64)
+    with catalog_of(tmp_path, first) as catalog:
+        catalog.put_generation(write_generation(catalog, fingerprint=MODEL, dim=64, exact_below=100))
+        catalog.commit()
+        add(catalog, first[::50], start=1500)
+        candidates = open_vectors(catalog, note=pytest.fail).search(clustered(30, 64, seed=2), 1530)
+    scores = {int(number): row for number, row in zip(candidates.ids[0], candidates.scores[0], strict=True)}
+    assert all(scores[1 + 50 * number] == scores[1501 + number] for number in range(30))
+
+
 def test_a_batch_is_answered_as_its_queries_alone(tmp_path):
     with catalog_of(tmp_path, clustered(1500, 64)) as catalog:
         catalog.put_generation(write_generation(catalog, fingerprint=MODEL, dim=64, exact_below=100))

@@ -264,7 +264,8 @@ def _print_summary(summary: "SyncSummary", *, as_json: bool) -> None:
         speed = f", {summary.images_per_second:.0f} images/s" if summary.embedded else ""
         show.line(f"{summary.embedded} embedded with {summary.model} in {show.duration(summary.seconds)}{speed}")
     if summary.failed:
-        show.note(f"{summary.failed} images failed: dinosearch failures --index {summary.index}")
+        images = "image" if summary.failed == 1 else "images"
+        show.note(f"{summary.failed} {images} failed: dinosearch failures --index {summary.index}")
 
 
 def _print_changes(summary: "SyncSummary", as_json: bool) -> None:

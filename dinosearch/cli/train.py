@@ -151,7 +151,7 @@ def train(
         strict=strict,
         checkpoint_every=checkpoint_every,
         logs=tuple(logs or ()),
-        evaluate=open_exam(labels, folders_of(images), note=show.note) if labels else None,
+        evaluate=open_exam(labels, [Path(spec) for spec in images], note=show.note) if labels else None,
         select=select.value,
     )
     report: TrainReport | None = None

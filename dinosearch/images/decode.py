@@ -76,8 +76,6 @@ PILLOW_ERRORS = (
 
 MANY_FRAMED = frozenset({"GIF", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"})
 """Formats whose frames or pages are pictures of their own; what else a JPEG holds are previews and gain maps."""
-MOST_FRAMES = 1000
-"""Further frames of a file are not looked at."""
 
 PAD_COLOUR = (124, 116, 104)
 """Borders of "pad": ImageNet's mean colour, which is about zero after the usual normalisation."""
@@ -180,11 +178,11 @@ class Frames:
         self._image = open_image(data, max_pixels)
 
     def count(self) -> int:
-        """How many frames or pages there are, at most MOST_FRAMES; 1 where they cannot be counted."""
+        """How many frames or pages there are; 1 where they cannot be counted."""
         if self._image.format not in MANY_FRAMED:
             return 1
         try:
-            return min(MOST_FRAMES, max(1, getattr(self._image, "n_frames", 1)))
+            return max(1, getattr(self._image, "n_frames", 1))
         except PILLOW_ERRORS:
             return 1
 

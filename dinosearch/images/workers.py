@@ -202,7 +202,7 @@ class OpenFile:
         return self._decode(0, False)[0]
 
     def decode_and_count(self) -> tuple[Picture, int]:
-        """The square of the first frame, and how many frames there are, at most MOST_FRAMES. Raises BadImage."""
+        """The square of the first frame, and how many frames there are. Raises BadImage."""
         return self._decode(0, True)
 
     def decode_frame(self, frame: int) -> Picture:

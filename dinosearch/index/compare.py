@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, Scan, Source
-from dinosearch.index.rows import OK, TOO_LARGE, UNREADABLE, FileRow, StoredFile
+from dinosearch.index.rows import OK, UNREADABLE, DecoderKeys, FileRow, StoredFile
 
 MAX_GONE = 0.2
 """Share of a root's files that may be gone without being asked about: more looks like a disk half mounted."""
@@ -46,18 +46,6 @@ class Wanted:
             return "new"
         same = row.content_hash == self.stored.content_hash and self.stored.status in (OK, UNREADABLE)
         return "changed" if not same else "moved" if self.moved else "unchanged"
-
-
-@dataclass(frozen=True)
-class DecoderKeys:
-    """What a bad file was tried with; it is tried again when that changes."""
-
-    decoders: str
-    large: str
-    """Decoders and pixel budget: for files that were refused for their size."""
-
-    def of(self, status: str) -> str:
-        return self.large if status == TOO_LARGE else self.decoders
 
 
 @dataclass(frozen=True)
@@ -115,10 +103,10 @@ def compare(changes: Changes, view: View, stored: Iterable[StoredFile], keys: De
     n_stored = n_missing = 0
     for before in stored:
         n_stored += 1
-        image = _as_stored(before) if found is None else found.pop((before.path, before.member), None)
+        image = before.image if found is None else found.pop((before.path, before.member), None)
         if image is None:
             if not (hidden and before.path.startswith(hidden)):
-                (changes.excluded if view.excluded(_as_stored(before)) else gone).append(before)
+                (changes.excluded if view.excluded(before.image) else gone).append(before)
             elif before.status == OK and not before.embedded:
                 changes.n_out_of_reach += 1
             continue
@@ -137,10 +125,6 @@ def compare(changes: Changes, view: View, stored: Iterable[StoredFile], keys: De
     changes.n_stored[view.source.location], changes.n_missing[view.source.location] = n_stored, n_missing
     wanted += [Wanted(view.root, view.source, image, None, view.all_pages) for image in (found or {}).values()]
     changes.wanted += sorted(wanted, key=lambda each: (os.fsencode(each.found.path), os.fsencode(each.found.member)))
-
-
-def _as_stored(before: StoredFile) -> FoundImage:
-    return FoundImage(before.path, before.size, before.mtime_ns, before.member, before.metadata)
 
 
 def _needs_no_reading(before: StoredFile, found: FoundImage, keys: DecoderKeys, *, all_pages: bool) -> bool:

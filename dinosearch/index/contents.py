@@ -163,7 +163,7 @@ def read_vectors(index_path: Path) -> tuple[list[IndexedFile], np.ndarray]:
 
 def indexed_file(file: LiveFile, sources: FollowedSources, row: int) -> IndexedFile:
     """A file of the catalog as others see it."""
-    root = as_path(sources.by_root[file.root].location)
+    root = as_path(sources.of(file).location)
     return IndexedFile(as_path(sources.shown_path(file)), file.path, root, file.member, file.frame, row)
 
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from dinosearch.vit.folder import ModelFolder
 
 SAVE_SECONDS = 2.0
+MOST_FRAMES = 1000
+"""Further frames or pages of a file are not looked at."""
 SAVE_FILES = 1000
 
 _LULL_SECONDS = 0.5  # with nothing for the encoder in so long, what it has begun is finished and progress is shown
@@ -95,6 +97,8 @@ class Embedding:
         """Images that went through the model; each frame is one."""
         self.n_altered = 0
         """Verified files whose content is another one though size and time are the same."""
+        self.n_pages_dropped = 0
+        """Frames beyond the MOST_FRAMES first of their file."""
         self._catalog = catalog
         self._fingerprint = model.fingerprint
         self._dim = model.dim
@@ -200,7 +204,10 @@ class Embedding:
             file.states = [Content(bad.status, bad.reason, None, None)]
             return file, None
         file.row = replace(row, width=picture.width, height=picture.height)
-        file.states = [None] * n_frames
+        if n_frames > MOST_FRAMES:
+            with self._lock:
+                self.n_pages_dropped += n_frames - MOST_FRAMES
+        file.states = [None] * min(n_frames, MOST_FRAMES)
         file.reading = reading if n_frames > 1 else None
         return file, picture.pixels
 
@@ -212,7 +219,7 @@ class Embedding:
         )
         if first is None or first.status != OK or not file.wanted.all_pages:
             return None if first is None else [first]
-        return self._catalog.known_frames(content, fingerprint=self._fingerprint)
+        return self._catalog.known_frames(content, fingerprint=self._fingerprint, keys=self._keys)
 
     def _encode(
         self, file: _File, pixels: np.ndarray, files: Iterator[tuple[_File, np.ndarray | None]]

@@ -65,7 +65,7 @@ def _rows(catalog: Catalog, columns: Mapping[str, set[str]]) -> Rows:
     def facts(file: LiveFile) -> list[Any]:
         known = {
             "path": sources.shown_path(file),
-            "source": sources.by_root[file.root].location,
+            "source": sources.of(file).location,
             "relative": file.path,
             "member": file.member,
             "frame": file.frame,

@@ -7,7 +7,7 @@ of 4-bit product codes is scanned: of the quarter of the directions that varies 
 for each (`PCAR{m},IVF{nlist},PQ{m}x4fsr`); with half of the directions if that is not enough. Measured on one core with
 a million embeddings of 384 numbers: docs/benchmarks.md.
 
-Protocol of the tuning: N_QUERIES stored vectors, evenly spaced, are held out: neither trained on nor added. They are
+Protocol of the tuning: N_QUERIES stored vectors, drawn at random, are held out: neither trained on nor added. They are
 asked for, as new images would be, and their 10 nearest among the others come from brute force. On one half of them the
 settings are found that reach the target with two standard errors to spare, and of these the one that answers fastest
 here. Recall and latency are then measured on the other half; if that falls short, more is asked of the first. Then
@@ -18,7 +18,7 @@ are equally right.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -34,8 +34,13 @@ EXACT_BELOW = 100_000
 """Vectors: comparing so many of 384 numbers took 6 ms on one core, 50,000 took 3 ms, not worth a training."""
 RECALL = 0.95
 """Share of the 10 nearest that a tuned type finds, unless told otherwise."""
-N_QUERIES = 1000
+N_QUERIES = 2000
 K = 10
+PROBED = 20_000
+"""Vectors of the graph that tells whether a larger one is worth building: made in a few seconds."""
+_PROBE_REPAYS = 5  # times as many vectors are to be built
+_PROBES = 200  # queries
+_PROBE_MARGIN = 0.02  # of recall: what so few queries may miss by chance
 _NEAREST = 1e-6  # scores nearer than float32 products can tell apart
 _LEAST_DIM = 8
 _LINKS = 16  # of each vector in the graph: more made no better one, and take longer and more room
@@ -46,6 +51,7 @@ _POINTS_PER_LIST = 64  # training vectors: more made no better lists, and take l
 _CODE_POINTS = 65536  # training vectors of the codes
 _SUPER_KMEANS = (1024, 128)  # from so many lists and numbers per vector on it is faster
 _STANDARD_ERRORS = 2  # to spare, so that other queries reach the target too
+_TUNINGS = 3  # of a type, before it is given up
 _TIMED = 60  # queries of each pair
 _SHARE_OF_MEMORY = 0.25  # of the machine's, for what FAISS cannot map
 
@@ -57,6 +63,47 @@ class Measured:
     recall_at_10: float
     p50_ms: float
     p95_ms: float
+
+
+def tuned_type(
+    ids: np.ndarray,
+    halves: np.ndarray,
+    norms: np.ndarray,
+    *,
+    recall: float,
+    max_memory: int | None,
+    note: Callable[[str], None],
+) -> tuple[TunedStored, Measured] | None:
+    """The first type that reaches the target on both halves of the held-out vectors; None, and said so, without.
+
+    ids int64 [n], vectors float16 [n, dim] and their lengths float32 [n]; max_memory as in `candidate_types`.
+    """
+    names = candidate_types(len(ids), halves.shape[1], max_memory=max_memory)
+    promising = [name for name in names if within_reach(name, halves, norms, recall=recall)]
+    missed = f"does not find {recall:.0%} of the 10 nearest of these vectors"
+    for name in names:
+        if name not in promising:
+            note(f"{name} {missed}")
+    if promising:
+        held_out = held_out_queries(len(ids))
+        queries = unit(halves[held_out])
+        others = (unit(block) for block in _blocks_without(halves, held_out))
+        truth = true_tenth(queries, others, len(halves) - len(held_out))
+    for name in promising:
+        built = build(name, ids, halves, norms, held_out=held_out)
+        asked = recall
+        for _ in range(_TUNINGS):
+            tuned = tune(built, queries[::2], truth=truth[::2], recall=asked)
+            if tuned is None:
+                break
+            measured = measure(tuned, queries[1::2], truth=truth[1::2])
+            if measured.recall_at_10 >= recall:
+                add(tuned, held_out)
+                return tuned, measured
+            asked += recall - measured.recall_at_10  # what held for one half did not for the other: ask for more
+        note(f"{name} {missed}")
+    note("every query is compared with all vectors" + ("" if names else ": too little memory for anything quicker"))
+    return None
 
 
 def candidate_types(n: int, dim: int, *, max_memory: int | None = None) -> list[str]:
@@ -77,7 +124,7 @@ def candidate_types(n: int, dim: int, *, max_memory: int | None = None) -> list[
     return names
 
 
-def build(name: str, ids: np.ndarray, halves: np.ndarray, *, held_out: np.ndarray) -> TunedStored:
+def build(name: str, ids: np.ndarray, halves: np.ndarray, norms: np.ndarray, *, held_out: np.ndarray) -> TunedStored:
     """An index of stored vectors float16 [n, dim], under their ids, but for those at the positions `held_out`."""
     import faiss
 
@@ -96,7 +143,7 @@ def build(name: str, ids: np.ndarray, halves: np.ndarray, *, held_out: np.ndarra
         index.train(sample)
     else:
         _train_lists(index, sample)
-    stored = tuned_class(name)(name, ids, halves, index)
+    stored = tuned_class(name)(name, ids, halves, norms, index)
     for start in range(0, n, BLOCK):
         positions = allowed[np.searchsorted(allowed, start) : np.searchsorted(allowed, start + BLOCK)]
         add(stored, positions)
@@ -105,7 +152,8 @@ def build(name: str, ids: np.ndarray, halves: np.ndarray, *, held_out: np.ndarra
 
 def add(stored: TunedStored, positions: np.ndarray) -> None:
     """Take in the vectors at some positions, under their ids."""
-    stored.index.add_with_ids(stored.rows(positions), stored.ids[positions])
+    # Not of unit length: of these numbers float16 codes lose nothing.
+    stored.index.add_with_ids(stored.halves[positions].astype(np.float32), stored.ids[positions])
 
 
 def _train_lists(index: Any, sample: np.ndarray) -> None:
@@ -122,9 +170,28 @@ def _train_lists(index: Any, sample: np.ndarray) -> None:
     index.is_trained = True
 
 
+def within_reach(name: str, halves: np.ndarray, norms: np.ndarray, *, recall: float) -> bool:
+    """Whether a graph of so many vectors may find what it should: of a few of them, its greatest effort does.
+
+    Of more vectors the same effort finds no larger share. That saves building in vain, which takes minutes, where the
+    vectors have no order, as random ones. What is built quickly is not asked about.
+    """
+    n = len(halves)
+    if "HNSW" not in name or n < _PROBE_REPAYS * PROBED:
+        return True
+    some = np.sort(np.random.default_rng(2).choice(n, PROBED, replace=False))
+    halves, norms = halves[some], norms[some]
+    held_out = held_out_queries(PROBED, n_queries=_PROBES)
+    queries, others = unit(halves[held_out]), unit(np.delete(halves, held_out, axis=0))
+    stored = build(name, np.arange(PROBED), halves, norms, held_out=held_out)
+    most = replace(stored, effort=stored.efforts[-1], rerank=stored.reranks[-1])
+    measured = measure(most, queries, truth=true_tenth(queries, [others], len(others)))
+    return measured.recall_at_10 >= recall - _PROBE_MARGIN
+
+
 def held_out_queries(n: int, *, n_queries: int = N_QUERIES) -> np.ndarray:
-    """Positions int64 of the vectors that are asked for."""
-    return np.linspace(0, n - 1, min(n_queries, max(1, n // 20))).astype(np.int64)
+    """Positions int64, rising, of the vectors that are asked for: evenly spaced ones may fall in step with the data."""
+    return np.sort(np.random.default_rng(1).choice(n, min(n_queries, max(1, n // 20)), replace=False))
 
 
 def tune(stored: TunedStored, queries: np.ndarray, *, truth: np.ndarray, recall: float) -> TunedStored | None:
@@ -164,12 +231,18 @@ def measure(stored: Stored, queries: np.ndarray, *, truth: np.ndarray) -> Measur
     k, seconds, shares = min(K, stored.index.ntotal), [], []
     for query, tenth in zip(queries, truth, strict=True):
         began = time.perf_counter()
-        found = stored.search(query[None], k)[0]
+        found = stored.search(query[None], k).positions[0]
         seconds.append(time.perf_counter() - began)
         scores = np.sort(stored.rows(found[found >= 0]) @ query)[-k:]
         shares.append(int((scores >= tenth - _NEAREST).sum()) / k)
     p50, p95 = np.percentile(seconds, [50, 95]) * 1000
     return Measured(float(np.mean(shares)), round(float(p50), 4), round(float(p95), 4))
+
+
+def _blocks_without(halves: np.ndarray, positions: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(halves), BLOCK):
+        block = halves[start : start + BLOCK]
+        yield np.delete(block, positions[(positions >= start) & (positions < start + len(block))] - start, axis=0)
 
 
 def _centroids(sample: np.ndarray, nlist: int) -> np.ndarray:

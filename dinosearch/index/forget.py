@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dinosearch.errors import DinosearchError
-from dinosearch.images.source import FoundImage, Source
+from dinosearch.images.source import Source
+from dinosearch.images.sources.named import NamedImages
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.generation import remove_old_generations, write_generation
 from dinosearch.index.lock import writer_lock
@@ -35,26 +36,34 @@ class Forgotten:
     """Files that can be searched now."""
 
 
-def forget(index_path: Path, paths: Sequence[str], *, note: Callable[[str], None] = lambda _: None) -> Forgotten:
-    """Erase files, folders or members of archives, by path as shown, from an index.
+def forget(
+    index_path: Path,
+    paths: Sequence[str],
+    *,
+    max_memory: int | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Forgotten:
+    """Erase files, folders, members of archives, or all that a list or table names, by path, from an index.
 
+    max_memory: bytes that writing the vectors anew may take, as in `write_generation`.
     Raises DinosearchError, with nothing changed, if the index has nothing of some path.
     """
-    targets = [_target(path) for path in paths]
+    spellings = [_spellings(path) for path in paths]
+    targets = [target for same in spellings for target in same]
     with Catalog.open(index_path):
         pass  # says what is wrong with the index before the lock makes a file
     with writer_lock(index_path), Catalog.open(index_path, writable=True, note=note) as catalog:
         sources = FollowedSources(catalog).by_root
         chosen = {root: _chosen(catalog, root, source, targets) for root, source in sources.items()}
-        for path, target in zip(paths, targets, strict=True):
-            if not any(_lies_in(shown, [target]) for files in chosen.values() for shown in files.values()):
+        for path, same in zip(paths, spellings, strict=True):
+            if not any(_is_meant(sources[root], stored, same) for root, files in chosen.items() for stored in files):
                 raise DinosearchError(f"nothing of {path} is in {index_path.name}; nothing was changed. Check the path")
         ids = [stored.id for files in chosen.values() for stored in files]
         n_vectors = catalog.erase_files(ids)
         excluded = []
         for root, files in chosen.items():
             excluded += _keep_out(catalog, root, sources[root], files, targets)
-        _write_vectors_anew(catalog)
+        _write_vectors_anew(catalog, max_memory=max_memory, note=note)
         catalog.commit()
         remove_old_generations(catalog)
         if not catalog.finish_erasure():
@@ -62,11 +71,19 @@ def forget(index_path: Path, paths: Sequence[str], *, note: Callable[[str], None
         return Forgotten(index_path.name, len(ids), n_vectors, excluded, catalog.n_images())
 
 
-def _target(path: str) -> str:
-    """Absolute, as the index shows it: links in the folder are followed, where it is there."""
+def _spellings(path: str) -> list[str]:
+    """Absolute, as an index may show it: as given, and with links in the folder followed, where it is there."""
     if "://" in path:
-        return path.rstrip("/")
-    folder, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 - keeps surrogate escapes
+        return [path.rstrip("/")]
+    literal = os.path.abspath(path)  # noqa: PTH100 - keeps surrogate escapes
+    return list(dict.fromkeys([literal, _followed(path)]))
+
+
+def _followed(path: str) -> str:
+    """Without links but for the last name, which is what is indexed. Of the path as it is: .. leads out of a link."""
+    folder, name = os.path.split(path.rstrip("/"))
+    if name in ("", ".", ".."):
+        return os.path.realpath(path)
     return os.path.join(os.path.realpath(folder), name)  # noqa: PTH118
 
 
@@ -74,14 +91,18 @@ def _chosen(catalog: Catalog, root: int, source: Source, targets: list[str]) -> 
     """Files of a root that lie in a target, with their shown paths."""
     found = {}
     for stored in catalog.stored_files(root, fingerprint=catalog.fingerprint):
-        shown = source.shown_path(_image(stored))
-        if _lies_in(shown, targets):
-            found[stored] = shown
+        if _is_meant(source, stored, targets):
+            found[stored] = source.shown_path(stored.image)
     return found
 
 
-def _image(stored: StoredFile) -> FoundImage:
-    return FoundImage(stored.path, stored.size, stored.mtime_ns, stored.member)
+def _is_meant(source: Source, stored: StoredFile, targets: Sequence[str]) -> bool:
+    """A file is meant by its own path, a folder above it, or the list that names it."""
+    if not isinstance(source, NamedImages):
+        return _lies_in(source.shown_path(stored.image), targets)
+    path = source.file_path(stored.image)  # where a list names it, by whatever links
+    shown = {source.shown_path(stored.image), *([] if path is None else [_followed(path)])}
+    return source.location in targets or any(_lies_in(each, targets) for each in shown)
 
 
 def _lies_in(shown: str, targets: Sequence[str]) -> bool:
@@ -108,16 +129,18 @@ def _keep_out(
 
 def _is_there(source: Source, stored: StoredFile) -> bool:
     """Whether a sync might find it: of archives and the network only a scan could tell, so it is taken to be there."""
-    path = source.file_path(_image(stored))
+    path = source.file_path(stored.image)
     return path is None or os.path.lexists(path)
 
 
-def _write_vectors_anew(catalog: Catalog) -> None:
+def _write_vectors_anew(catalog: Catalog, *, max_memory: int | None, note: Callable[[str], None]) -> None:
     fingerprint, before = catalog.fingerprint, catalog.generation()
     if before is None:
         return
     if catalog.n_vectors(fingerprint=fingerprint):
-        generation = write_generation(catalog, fingerprint=fingerprint, dim=int(catalog.meta("dim")))
+        generation = write_generation(
+            catalog, fingerprint=fingerprint, dim=int(catalog.meta("dim")), max_memory=max_memory, note=note
+        )
         catalog.put_generation(generation)
         catalog.forget_generations(but=generation.number)
     else:

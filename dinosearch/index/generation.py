@@ -3,9 +3,10 @@
 Knows nothing of folders of images. Whatever happens to a generation, the catalog can make it again. Its files:
 
 - `vectors-N.faiss`, always; plain FAISS opens and searches it, under the ids of the catalog. Exact: the unit vectors
-  in float32 (`IndexIDMap2(IndexFlatIP)`). Tuned: a graph over float16 codes, or short codes in
+  in float32 (`IndexIDMap2(IndexFlatIP)`). Tuned: a graph over the float16 vectors, or short codes in
   inverted lists.
 - `vectors-N.f16`, of a tuned one: the vectors as the catalog stores them, float16 [n, dim] and nothing else.
+- `vectors-N.norms`, beside it: the length of each, float32 [n].
 - `vectors-N.ids`, beside it: the id of each, int64 [n], rising.
 
 Each is written aside, flushed, renamed, and only then named in the catalog, with size and checksum. FAISS reads a file
@@ -29,19 +30,8 @@ import numpy as np
 from dinosearch.errors import DinosearchError
 from dinosearch.index.catalog import Catalog, Generation
 from dinosearch.index.exact import BLOCK, unit_blocks
-from dinosearch.index.faiss_type import (
-    EXACT_BELOW,
-    RECALL,
-    Measured,
-    add,
-    build,
-    candidate_types,
-    held_out_queries,
-    measure,
-    true_tenth,
-    tune,
-)
-from dinosearch.index.reader import unit
+from dinosearch.index.faiss_type import EXACT_BELOW, RECALL, Measured, held_out_queries, measure, true_tenth, tuned_type
+from dinosearch.index.reader import norms as norms_of
 from dinosearch.index.stored import ExactStored, Stored, TunedStored, tuned_class
 
 ALWAYS_HASHED = 32 << 20
@@ -54,7 +44,7 @@ NEW_SHARE = 0.02
 
 _EXACT_QUERIES = 100  # for the latency of exact search, whose recall is no question
 _LEAST_LOOPS = 1024
-_TUNINGS = 3  # of a type, before it is given up
+_BESIDE = (".f16", ".norms", ".ids")  # files beside the FAISS file of a tuned type
 
 
 class DamagedGeneration(Exception):
@@ -150,10 +140,10 @@ def write_generation(
         if n < exact_below or recall >= 1:
             stored, measured = _exact_measured(dim, catalog.vector_blocks(fingerprint=fingerprint))
         else:
-            ids, halves = _write_halves(catalog, fingerprint, dim, aside)
-            tuned = _tuned(ids, halves, recall=recall, max_memory=max_memory, note=note)
+            ids, halves, norms = _write_beside(catalog, fingerprint, dim, aside)
+            tuned = tuned_type(ids, halves, norms, recall=recall, max_memory=max_memory, note=note)
             stored, measured = tuned or _exact_measured(dim, _numbered(ids, halves))
-        suffixes = [".faiss", ".f16", ".ids"] if isinstance(stored, TunedStored) else [".faiss"]
+        suffixes = [".faiss", *_BESIDE] if isinstance(stored, TunedStored) else [".faiss"]
         with _written(folder / f"vectors-{number}.faiss"):
             faiss.write_index(stored.index, str(aside[".faiss"]))
             seals = [_publish(aside[suffix], folder / f"vectors-{number}{suffix}") for suffix in suffixes]
@@ -185,6 +175,9 @@ def write_generation(
 
 def check_files(folder: Path, generation: Generation) -> None:
     """Raises DamagedGeneration unless every file is, byte for byte, the one that was written."""
+    details = details_of(generation)
+    if not details.exact and [Path(seal.file).suffix for seal in details.beside] != list(_BESIDE):
+        raise DamagedGeneration(f"{folder / generation.file} was written by an older dinosearch")
     for seal in _seals(generation):
         _check_file(folder, seal)
 
@@ -209,23 +202,24 @@ def open_generation(folder: Path, generation: Generation, dim: int) -> Stored:
         raise DamagedGeneration(f"{path} holds something else than was written")
     halves = np.memmap(path.with_suffix(".f16"), np.float16, mode="r", shape=(generation.n, dim))
     ids = np.memmap(path.with_suffix(".ids"), np.int64, mode="r", shape=(generation.n,))
+    norms = np.memmap(path.with_suffix(".norms"), np.float32, mode="r", shape=(generation.n,))
     tuned = tuned_class(generation.kind)
     effort, rerank = details.parameters[tuned.effort_name], details.parameters["rerank"]
-    return tuned(generation.kind, np.asarray(ids), np.asarray(halves), index, effort, rerank)
+    return tuned(generation.kind, np.asarray(ids), np.asarray(halves), np.asarray(norms), index, effort, rerank)
 
 
 def remove_old_generations(catalog: Catalog) -> None:
     """Remove the files of generations that no reader can come upon any more, and what a killed writer left."""
     kept = {Path(file).stem for file in catalog.generation_files()}
     for path in catalog.path.parent.glob("vectors-*.*"):
-        if path.stem not in kept or path.suffix not in (".faiss", ".f16", ".ids"):
+        if path.stem not in kept or path.suffix not in (".faiss", *_BESIDE):
             path.unlink(missing_ok=True)
 
 
 @contextmanager
 def _files_aside(folder: Path, number: int) -> Iterator[dict[str, Path]]:
     """Paths to write to, by what they will end in; what is not published is removed."""
-    aside = {suffix: folder / f"vectors-{number}{suffix}.part" for suffix in (".faiss", ".f16", ".ids")}
+    aside = {suffix: folder / f"vectors-{number}{suffix}.part" for suffix in (".faiss", *_BESIDE)}
     try:
         yield aside
     finally:
@@ -252,22 +246,27 @@ def _exact(dim: int, blocks: Iterator[tuple[np.ndarray, np.ndarray]]) -> ExactSt
     return ExactStored(faiss.vector_to_array(index.id_map), index)
 
 
-def _write_halves(
+def _write_beside(
     catalog: Catalog, fingerprint: str, dim: int, aside: dict[str, Path]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int64 [n] and vectors float16 [n, dim] of a model, now in files that are mapped."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids int64 [n], vectors float16 [n, dim] and their lengths float32 [n] of a model, in files now mapped."""
     with (
         _written(aside[".f16"]),
         aside[".f16"].open("wb") as vectors_file,
+        aside[".norms"].open("wb") as norms_file,
         aside[".ids"].open("wb") as ids_file,
     ):
         n = 0
         for ids, halves in catalog.half_blocks(fingerprint=fingerprint):
             vectors_file.write(halves.tobytes())
+            norms_file.write(norms_of(halves.astype(np.float32)).tobytes())
             ids_file.write(ids.tobytes())
             n += len(ids)
-    halves = np.memmap(aside[".f16"], np.float16, mode="r", shape=(n, dim))
-    return np.asarray(np.memmap(aside[".ids"], np.int64, mode="r", shape=(n,))), np.asarray(halves)
+    return (
+        np.asarray(np.memmap(aside[".ids"], np.int64, mode="r", shape=(n,))),
+        np.asarray(np.memmap(aside[".f16"], np.float16, mode="r", shape=(n, dim))),
+        np.asarray(np.memmap(aside[".norms"], np.float32, mode="r", shape=(n,))),
+    )
 
 
 def _numbered(ids: np.ndarray, halves: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -277,47 +276,10 @@ def _numbered(ids: np.ndarray, halves: np.ndarray) -> Iterator[tuple[np.ndarray,
         start += len(block)
 
 
-def _tuned(
-    ids: np.ndarray,
-    halves: np.ndarray,
-    *,
-    recall: float,
-    max_memory: int | None,
-    note: Callable[[str], None],
-) -> tuple[Stored, Measured] | None:
-    """The first type that reaches the target on both halves of the held-out vectors; None, and said so, without."""
-    held_out = held_out_queries(len(ids))
-    queries = unit(halves[held_out])
-    others = (unit(block) for block in _blocks_without(halves, held_out))
-    truth = true_tenth(queries, others, len(halves) - len(held_out))
-    names = candidate_types(len(ids), halves.shape[1], max_memory=max_memory)
-    for name in names:
-        built = build(name, ids, halves, held_out=held_out)
-        asked = recall
-        for _ in range(_TUNINGS):
-            tuned = tune(built, queries[::2], truth=truth[::2], recall=asked)
-            if tuned is None:
-                break
-            measured = measure(tuned, queries[1::2], truth=truth[1::2])
-            if measured.recall_at_10 >= recall:
-                add(tuned, held_out)
-                return tuned, measured
-            asked += recall - measured.recall_at_10  # what held for one half did not for the other: ask for more
-        note(f"{name} does not find {recall:.0%} of the 10 nearest of these vectors")
-    note("every query is compared with all vectors" + ("" if names else ": too little memory for anything quicker"))
-    return None
-
-
 def _exact_measured(dim: int, blocks: Iterator[tuple[np.ndarray, np.ndarray]]) -> tuple[Stored, Measured]:
     stored = _exact(dim, blocks)
     queries = stored.rows(held_out_queries(len(stored.ids), n_queries=_EXACT_QUERIES))
     return stored, measure(stored, queries, truth=true_tenth(queries, _blocks(stored.matrix), len(stored.ids)))
-
-
-def _blocks_without(halves: np.ndarray, positions: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(halves), BLOCK):
-        block = halves[start : start + BLOCK]
-        yield np.delete(block, positions[(positions >= start) & (positions < start + len(block))] - start, axis=0)
 
 
 def _blocks(matrix: np.ndarray) -> Iterator[np.ndarray]:

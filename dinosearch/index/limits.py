@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dinosearch.errors import UsageError
 from dinosearch.images.decode import BYTES_PER_PIXEL, MOST_PIXELS, decoders, pixel_budget
-from dinosearch.index.compare import DecoderKeys
+from dinosearch.index.rows import DecoderKeys
 from dinosearch.vit.folder import ModelFolder
 
 _BASE_BYTES = 450 << 20

@@ -21,6 +21,7 @@ from dinosearch.index.rows import (
     UNREADABLE,
     Content,
     CopiedFile,
+    DecoderKeys,
     FailedFile,
     FileRow,
     Generation,
@@ -127,13 +128,23 @@ class CatalogReader:
 
     # -- reading
 
-    def stored_files(self, root: int, *, fingerprint: str) -> Iterator[StoredFile]:
-        """All files of a root, in two passes, each in the order of its B-tree: five times as fast as one join."""
+    def stored_files(self, root: int, *, fingerprint: str, keys: DecoderKeys | None = None) -> Iterator[StoredFile]:
+        """All files of a root, in passes, each in the order of its B-tree: five times as fast as one join.
+
+        keys: with them, a good file counts as not embedded if they were not tried on a bad further frame of it.
+        """
         lacking = set()
         for number, frame in self._stream(
             f"SELECT f.id, f.frame FROM {_BY_CONTENT} WHERE f.status = 'ok' AND v.id IS NULL", (fingerprint,)
         ):
             lacking.add(self._first_frame(number) if frame else number)
+        if keys is not None:
+            retried = self._stream(
+                """SELECT id FROM files WHERE frame > 0 AND status != 'ok' AND (status = 'unreadable'
+                OR decoders IS NOT CASE status WHEN 'too-large' THEN ? ELSE ? END)""",
+                (keys.large, keys.decoders),
+            )
+            lacking.update(self._first_frame(number) for (number,) in retried)
         rows = self._stream(
             """SELECT id, path, member, size, mtime_ns, content_hash, status, decoders, coalesce(metadata, ''), frames
             FROM files NOT INDEXED WHERE root = ? AND frame = 0""",
@@ -169,10 +180,10 @@ class CatalogReader:
         )
         return Content(*found[0]) if found else None
 
-    def known_frames(self, content_hash: str, *, fingerprint: str) -> list[Content] | None:
-        """All frames of a content, in order, if they were looked at and the good ones have vectors."""
+    def known_frames(self, content_hash: str, *, fingerprint: str, keys: DecoderKeys) -> list[Content] | None:
+        """All frames of a content, in order, if the good ones have vectors and `keys` were tried on the bad ones."""
         rows = self._rows(
-            """SELECT f.frame, f.status, f.reason, f.width, f.height, v.id FROM files AS one
+            """SELECT f.frame, f.status, f.reason, f.width, f.height, f.decoders, v.id FROM files AS one
             JOIN files AS f ON f.root = one.root AND f.path = one.path AND f.member = one.member
             LEFT JOIN vectors AS v ON v.content_hash = f.content_hash AND v.frame = f.frame AND v.fingerprint = ?
             WHERE one.id = (SELECT id FROM files WHERE content_hash = ? AND frame = 0 AND frames NOT NULL
@@ -180,9 +191,12 @@ class CatalogReader:
             ORDER BY f.frame""",
             (fingerprint, content_hash),
         )
-        if not rows or any(status == UNREADABLE or (status == OK and vector is None) for _, status, *_, vector in rows):
+        if not rows or not all(
+            vector is not None if status == OK else status != UNREADABLE and tried == keys.of(status)
+            for _, status, *_, tried, vector in rows
+        ):
             return None
-        return [Content(status, reason, width, height) for _, status, reason, width, height, _ in rows]
+        return [Content(status, reason, width, height) for _, status, reason, width, height, *_ in rows]
 
     def live_files(
         self, *, vector_ids: Sequence[int] | None = None, where: Sequence[Condition] = ()
@@ -388,9 +402,13 @@ def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str
 def unit(halves: np.ndarray) -> np.ndarray:
     """Stored float16 vectors as float32 [n, dim] of unit length, which rounding had changed by up to 5e-4."""
     vectors = halves.astype(np.float32)
-    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
-    vectors /= np.maximum(norms, np.finfo(np.float32).tiny)[:, None]
+    vectors /= norms(vectors)[:, None]
     return vectors
+
+
+def norms(vectors: np.ndarray) -> np.ndarray:
+    """Lengths float32 [n], none of them zero, of float32 [n, dim]."""
+    return np.maximum(np.sqrt(np.einsum("nd,nd->n", vectors, vectors)), np.finfo(np.float32).tiny)
 
 
 def _options_of(stored: str) -> RootOptions:

@@ -14,12 +14,12 @@ from pathlib import Path
 from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.images.decode import BadImage, content_hash
 from dinosearch.images.reading import readings
-from dinosearch.images.source import FoundImage, Source
+from dinosearch.images.source import Source
 from dinosearch.images.sources import known_source
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.compare import MAX_GONE, Wanted
 from dinosearch.index.lock import writer_lock
-from dinosearch.index.rows import Root, StoredFile
+from dinosearch.index.rows import Root
 from dinosearch.index.survey import refuse_overlap
 
 SAMPLE = 32
@@ -119,7 +119,8 @@ def _check_sample(catalog: Catalog, root: Root, source: Source, entries: dict[in
     files = [stored for stored in catalog.stored_files(root.id, fingerprint=catalog.fingerprint) if stored.content_hash]
     files.sort(key=lambda stored: (os.fsencode(stored.path), stored.member))
     sample = files[:: max(1, len(files) // SAMPLE)][:SAMPLE]
-    wanted = [Wanted(root.id, source, _image(stored, entries), stored) for stored in sample]
+    places = [replace(stored.image, path=entries.get(stored.id, stored.path)) for stored in sample]
+    wanted = [Wanted(root.id, source, image, stored) for image, stored in zip(places, sample, strict=True)]
     algorithm = catalog.meta("content_hash")
     missed = []
     for reading in readings(wanted):
@@ -137,7 +138,3 @@ def _check_sample(catalog: Catalog, root: Root, source: Source, entries: dict[in
             f"of {len(sample)} files {len(missed)} are not in {source.location} as they were ({missed[0]}); nothing "
             f"was changed. Check that this is where {root.location} moved to"
         )
-
-
-def _image(stored: StoredFile, entries: dict[int, str]) -> FoundImage:
-    return FoundImage(entries.get(stored.id, stored.path), stored.size, stored.mtime_ns, stored.member)

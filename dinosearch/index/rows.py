@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dinosearch.images.source import ScanOptions
+from dinosearch.images.source import FoundImage, ScanOptions
 
 OK = "ok"
 UNREADABLE = "unreadable"
@@ -50,6 +50,11 @@ class StoredFile(NamedTuple):
     embedded: bool
     """Its content, with all frames known, has vectors of the model asked about."""
 
+    @property
+    def image(self) -> FoundImage:
+        """As a scan would find it, if it is as it was."""
+        return FoundImage(self.path, self.size, self.mtime_ns, self.member, self.metadata)
+
 
 @dataclass(frozen=True, slots=True)
 class FileRow:
@@ -70,6 +75,18 @@ class FileRow:
     frames: int | None = None
     """Of frame 0: how many there are, if the others were looked at; a file's rows beyond them are removed."""
     metadata: str = ""
+
+
+@dataclass(frozen=True)
+class DecoderKeys:
+    """What a bad file was tried with; it is tried again when that changes."""
+
+    decoders: str
+    large: str
+    """Decoders and pixel budget: for files that were refused for their size."""
+
+    def of(self, status: str) -> str:
+        return self.large if status == TOO_LARGE else self.decoders
 
 
 class Content(NamedTuple):

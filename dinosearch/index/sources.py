@@ -28,8 +28,12 @@ class FollowedSources:
             root.id: known_source(root.kind, root.location) for root in catalog.roots().values()
         }
 
-    def shown_path(self, file: _Stored) -> str:
-        """Absolute path or URL of a file for people and programs."""
+    def of(self, file: _Stored) -> Source:
+        """The source that a file is in. Raises IndexUnusable where the catalog names none."""
         if file.root not in self.by_root:
             raise damaged(self._catalog_path, "a file is in no source")
-        return self.by_root[file.root].shown_path(FoundImage(file.path, 0, 0, file.member))
+        return self.by_root[file.root]
+
+    def shown_path(self, file: _Stored) -> str:
+        """Absolute path or URL of a file for people and programs."""
+        return self.of(file).shown_path(FoundImage(file.path, 0, 0, file.member))

@@ -1,7 +1,8 @@
 """The vectors of an opened generation, searched exactly or by a tuned FAISS type. Knows neither files nor the catalog.
 
-All kinds give positions; ids and vectors are looked up by them. A tuned type finds candidates by its short codes; they
-are compared again by the exact vectors, which lie beside it in float16, memory-mapped.
+All kinds give positions; ids and vectors are looked up by them. The exact vectors lie beside a tuned type in float16,
+memory-mapped. A graph holds the same float16 numbers, so what it computes on its walk is each candidate's score but for
+the length of the stored vector. Short codes only find candidates, which are compared again by the exact vectors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import numpy as np
 from dinosearch.images.machine import n_cores
 from dinosearch.images.read import in_threads
 from dinosearch.index.exact import gpu_repays, nearest, nearest_by_torch, unit_blocks
-from dinosearch.index.reader import unit
 
 if TYPE_CHECKING:
     import faiss
@@ -26,6 +26,16 @@ MOST_CANDIDATES = 4096
 """Beyond so many, comparing with all vectors is the better way."""
 _FOR_BLAS = 16  # queries from which matrix products are faster, 3 times here and 7 times at 300; FAISS waits for 334
 _CHUNK = 64  # queries whose candidates one thread compares
+
+
+@dataclass(frozen=True)
+class Near:
+    """Vectors near some queries, in no order."""
+
+    positions: np.ndarray
+    """int64 [n_queries, k or more], -1 for none."""
+    scores: np.ndarray | None = None
+    """Cosines float64 of the same shape, as exact as products in float32 are; None where nobody computed them yet."""
 
 
 class Stored(Protocol):
@@ -50,9 +60,8 @@ class Stored(Protocol):
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Unit vectors float32 [n_positions, dim]."""
 
-    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Positions int64 [n_queries, k or more] of near vectors, in no order, for float32 [n_queries, dim]; -1 for
-        none."""
+    def search(self, queries: np.ndarray, k: int) -> Near:
+        """At least k vectors for each query float32 [n_queries, dim]."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +87,25 @@ class ExactStored:
     def rows(self, positions: np.ndarray) -> np.ndarray:
         return self.matrix[positions]
 
-    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+    def search(self, queries: np.ndarray, k: int) -> Near:
         import faiss
 
         if gpu_repays(len(queries)):
-            return nearest_by_torch(queries, self.matrix, k, device="cuda")[0]
+            return Near(nearest_by_torch(queries, self.matrix, k, device="cuda")[0])
         faiss.cvar.distance_compute_blas_threshold = _FOR_BLAS * self.index.d
-        return faiss.downcast_index(self.index.index).search(queries, k)[1]
+        return Near(faiss.downcast_index(self.index.index).search(queries, k)[1])
 
 
 @dataclass(frozen=True)
 class TunedStored(ABC):
-    """Short codes to find candidates by, with the exact vectors beside them; one class for each way to find them."""
+    """A quicker way than comparing with all vectors, which lie beside it; one class for each way."""
 
     kind: str
     ids: np.ndarray
     halves: np.ndarray
     """float16 [n, dim]"""
+    norms: np.ndarray
+    """Their lengths, float32 [n]."""
     index: Any
     """FAISS's, under the same ids."""
     effort: int = 1
@@ -120,13 +131,15 @@ class TunedStored(ABC):
         """Efforts worth a try, rising."""
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
-        return unit(self.halves[positions])
+        vectors = self.halves[positions].astype(np.float32)
+        vectors /= self.norms[positions, None]
+        return vectors
 
-    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
+    def search(self, queries: np.ndarray, k: int) -> Near:
         n_candidates = self.n_candidates(k)
         if n_candidates >= min(MOST_CANDIDATES, len(self.ids)):
-            return self._search_all(queries, k)
-        return self.candidates(queries, n_candidates, effort=self.effort)
+            return Near(self._search_all(queries, k))
+        return self._search_some(queries, n_candidates, k)
 
     def n_candidates(self, k: int) -> int:
         """How many are compared exactly for k answers."""
@@ -134,10 +147,26 @@ class TunedStored(ABC):
 
     def candidates(self, queries: np.ndarray, n: int, *, effort: int) -> np.ndarray:
         """Positions int64 [n_queries, n] by the codes alone, nearest first; -1 where fewer were found."""
-        _, ids = self.index.search(queries, n, params=self._parameters(effort))
-        positions = np.searchsorted(self.ids, ids)
-        positions[ids < 0] = -1
+        return self._found(queries, n, effort)[0]
+
+    def _found(self, queries: np.ndarray, n: int, effort: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions as `candidates`, and products float32 by the codes."""
+        products, ids = self.index.search(queries, n, params=self._parameters(effort))
+        return self._positions(ids), products
+
+    def _positions(self, ids: np.ndarray) -> np.ndarray:
+        """Where ids [n_queries, n] are, -1 for none, which come last in each row."""
+        first = self.ids[0]
+        # Without gaps, as most indexes are, there is nothing to look up: that waits for the memory a few times.
+        dense = self.ids[-1] - first == len(self.ids) - 1
+        positions = ids - first if dense else np.searchsorted(self.ids, ids)
+        if ids[:, -1].min(initial=0) < 0:
+            positions[ids < 0] = -1
         return positions
+
+    @abstractmethod
+    def _search_some(self, queries: np.ndarray, n_candidates: int, k: int) -> Near:
+        """So many candidates, or the k best of them."""
 
     @abstractmethod
     def _parameters(self, effort: int) -> faiss.SearchParameters: ...
@@ -149,16 +178,23 @@ class TunedStored(ABC):
 
 
 class GraphStored(TunedStored):
-    """A graph of neighbours (HNSW) over codes of two bytes for each number (float16), both mapped from the file."""
+    """A graph of neighbours (HNSW) over the stored float16 vectors, both mapped from the file."""
 
     effort_name = "efSearch"
     span = 10
-    reranks = (12,)  # the codes put almost all in their right order
+    reranks = (12,)  # lengths, which the walk does not see, differ by less than 0.001
     enough = 1
 
     @property
     def efforts(self) -> list[int]:
-        return [16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768]
+        return [16, 18, 20, 22, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768]
+
+    def _search_some(self, queries: np.ndarray, n_candidates: int, _: int) -> Near:
+        positions, products = self._found(queries, n_candidates, self.effort)
+        scores = np.divide(products, self.norms[positions], dtype=np.float64)
+        if positions[:, -1].min(initial=0) < 0:
+            scores[positions < 0] = -np.inf
+        return Near(positions, scores)
 
     def _parameters(self, effort: int) -> faiss.SearchParameters:
         return _walk(effort)
@@ -190,25 +226,23 @@ class ListsStored(TunedStored):
         steps = [n for power in range(nlist.bit_length()) for n in (1 << power, 3 << power >> 1)]
         return sorted({n for n in steps if n < nlist} | {nlist})
 
-    def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        found = super().search(queries, k)
-        if found.shape[1] <= k:
-            return found
+    def _search_some(self, queries: np.ndarray, n_candidates: int, k: int) -> Near:
+        found = self.candidates(queries, n_candidates, effort=self.effort)
+        if n_candidates <= k:
+            return Near(found)
         chunks = [slice(start, start + _CHUNK) for start in range(0, len(queries), _CHUNK)]
 
         def best(chunk: slice) -> list[np.ndarray]:
             return [self._best(query, near, k) for query, near in zip(queries[chunk], found[chunk], strict=True)]
 
         rows = in_threads(best, chunks, workers=n_cores()) if len(chunks) > 1 else map(best, chunks)
-        return np.array([row for some in rows for row in some], dtype=np.int64).reshape(len(queries), k)
+        return Near(np.array([row for some in rows for row in some], dtype=np.int64).reshape(len(queries), k))
 
     def _best(self, query: np.ndarray, near: np.ndarray, k: int) -> np.ndarray:
         """The k best of many candidates; few are compared once, by who asked."""
         near = near[near >= 0]
         if len(near) > k:
-            vectors = self.halves[near].astype(np.float32)
-            lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
-            scores = (vectors @ query) / np.maximum(lengths, np.finfo(np.float32).tiny)
+            scores = (self.halves[near].astype(np.float32) @ query) / self.norms[near]
             return near[np.argpartition(scores, -k)[-k:]]
         return np.concatenate([near, np.full(k - len(near), -1)])
 

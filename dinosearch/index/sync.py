@@ -29,11 +29,11 @@ from dinosearch.images.source import FoundImage, Source
 from dinosearch.images.sources import known_source
 from dinosearch.index import generation
 from dinosearch.index.catalog import Catalog, is_index
-from dinosearch.index.compare import Changes, DecoderKeys, View, Wanted, compare, match_moves, refuse_mass_deletion
-from dinosearch.index.embed import Embedding, EncoderPlan
+from dinosearch.index.compare import Changes, View, Wanted, compare, match_moves, refuse_mass_deletion
+from dinosearch.index.embed import MOST_FRAMES, Embedding, EncoderPlan
 from dinosearch.index.limits import limits_for
 from dinosearch.index.lock import writer_lock
-from dinosearch.index.rows import OK, FileRow, Root, StoredFile
+from dinosearch.index.rows import OK, DecoderKeys, FileRow, Root, StoredFile
 from dinosearch.index.survey import GivenOptions, Shard, Survey, refuse_overlap, say_options, survey
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def sync_index(
         numbers = {}
         for each in surveys:
             number = numbers[each.source.location] = _remember(catalog, each, roots.get(each.source.location))
-            stored = catalog.stored_files(number, fingerprint=model.fingerprint)
+            stored = catalog.stored_files(number, fingerprint=model.fingerprint, keys=keys)
             compare(changes, _view(number, each, verify=verify), stored, keys)
         moves = yield from _match_moves(changes, catalog.meta("content_hash"), limits.workers)
         if not allow_deletions:
@@ -174,6 +174,10 @@ def sync_index(
                 yield _progress_of(embedding, len(changes.wanted))
         yield _progress_of(embedding, len(changes.wanted))
         outcomes += embedding.outcomes
+        if embedding.n_pages_dropped:
+            note(
+                f"{embedding.n_pages_dropped} pages or frames after the first {MOST_FRAMES} of a file were passed over"
+            )
         if embedding.n_altered:
             note(
                 f"{embedding.n_altered} files hold something else than before under the same size and time: they are "

@@ -1,8 +1,9 @@
 """All vectors of the answering model: a generation and the rows newer than it, searched as one.
 
-Knows nothing of files and folders of images. Scores are computed for the candidates found, each from its two vectors
-alone; a score therefore depends neither on the batch it was asked in nor on where the vector lies. Vectors whose files
-are gone are still found here: which files there are, the catalog knows.
+Knows nothing of files and folders of images. The score of a candidate is computed from the two vectors alone, in
+float64 or, where all lie in one graph, in float32 by its walk. Equal vectors therefore have equal scores, whatever
+batch they were asked in and wherever they lie. Vectors whose files are gone are still found here: which files there
+are, the catalog knows.
 """
 
 from __future__ import annotations
@@ -47,24 +48,24 @@ class Vectors:
         """The k vectors of highest cosine for each query float32 [n_queries, dim]; k is at most len(self), and some."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         stored, n_newer = self._stored, len(self._newer_ids)
-        found = stored.search(queries, min(k, len(stored.ids))) if stored else None  # [n_queries, k or more]
-        newer = nearest(queries, [self._newer], min(k, n_newer))[0] if n_newer else None  # [n_queries, k_newer]
-        ids = np.full((len(queries), k), -1, dtype=np.int64)
-        scores = np.full((len(queries), k), -np.inf)
-        for row, query in enumerate(queries):
-            parts = []
-            if stored is not None and found is not None:
-                positions = found[row]
-                if positions.min(initial=0) < 0:
-                    positions = positions[positions >= 0]
-                parts.append((stored.ids[positions], stored.rows(positions)))
-            if newer is not None:
-                parts.append((self._newer_ids[newer[row]], self._newer[newer[row]]))
-            near_ids, near = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-            near_scores = np.multiply(near, query, dtype=np.float64).sum(axis=1)
-            best = np.lexsort((near_ids, -near_scores))[:k]
-            ids[row, : len(best)], scores[row, : len(best)] = near_ids[best], near_scores[best]
-        return Candidates(ids, scores)
+        parts = []  # ids and scores, each [n_queries, k or more]
+        if stored is not None:
+            near = stored.search(queries, min(k, len(stored.ids)))
+            # Beside newer vectors that equal them, stored ones must not differ by float32 rounding.
+            scores = _scores(queries, near.positions, stored.rows) if near.scores is None or n_newer else near.scores
+            ids = stored.ids[near.positions]
+            if near.positions.min(initial=0) < 0:
+                ids[near.positions < 0] = -1
+            parts.append((ids, scores))
+        if n_newer:
+            newer = nearest(queries, [self._newer], min(k, n_newer))[0]
+            parts.append((self._newer_ids[newer], _scores(queries, newer, self._newer.__getitem__)))
+        ids, scores = (
+            parts[0] if len(parts) == 1 else (np.concatenate(same, axis=1) for same in zip(*parts, strict=True))
+        )
+        best = np.lexsort((ids, -scores))[:, :k]
+        rows = np.arange(len(queries))[:, None]
+        return Candidates(ids[rows, best], scores[rows, best])
 
     def only(self, ids: np.ndarray) -> Vectors:
         """Those of some ids int64 [n], rising, that are there: copied into memory and searched exactly."""
@@ -84,6 +85,15 @@ class Vectors:
         """
         newer = [(self._newer_ids, self._newer)] if len(self._newer_ids) else []
         return ([(self._stored.ids, self._stored.matrix)] if self._stored else []) + newer
+
+
+def _scores(queries: np.ndarray, positions: np.ndarray, vectors_at: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Cosines float64 [n_queries, k] of unit queries with the unit vectors at int64 [n_queries, k]; -inf for none."""
+    scores = np.empty(positions.shape)
+    for row, query in enumerate(queries):  # a query at a time: all their candidates may not fit in memory
+        scores[row] = np.multiply(vectors_at(positions[row]), query, dtype=np.float64).sum(axis=1)
+    scores[positions < 0] = -np.inf
+    return scores
 
 
 def open_vectors(catalog: Catalog, *, note: Callable[[str], None]) -> Vectors:

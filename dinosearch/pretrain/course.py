@@ -373,7 +373,7 @@ class Course:
         """What to export, and what model.json says of it: the start where the run has not made it better."""
         run = self.run
         rows = sample_rows(len(self.bank), batch_size=run.recipe.batch_size)
-        pixels, aspect = (torch.from_numpy(values[rows]) for values in (self.bank.pixels, self.bank.aspect))
+        pixels, aspect = map(torch.from_numpy, self.bank.take(rows))
         found, before = (
             measure_quality(net.to(run.device), pixels, aspect, run.recipe.views, device=run.device, seed=run.seed)
             for net in (backbone, start)

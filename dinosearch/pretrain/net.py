@@ -9,8 +9,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinosearch.pretrain.short_attention import ShortAttention, can_shorten
 from dinosearch.pretrain.recipe import Recipe
+from dinosearch.pretrain.short_attention import ShortAttention, can_shorten
 from dinosearch.vit.folder import create_vit
 
 FUSED_ATTENTION_TOKENS = 64

@@ -86,6 +86,11 @@ def open_exam(labels: str, folders: Sequence[Path], *, note: Callable[[str], Non
 
     Raises DinosearchError when there are no labels, or none of these images has one.
     """
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(
+                f"--labels goes with folders of images, and {folder} is none. Leave it out, and probe later"
+            )
     files = [
         IndexedFile(folder.resolve() / image.path, image.path, folder.resolve())
         for folder in folders

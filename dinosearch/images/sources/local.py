@@ -29,7 +29,7 @@ class LocalFiles:
         return self.file_path(image) or image.path
 
     def read(self, image: FoundImage) -> StableBytes:
-        return read_stable(self.shown_path(image))
+        return read_stable(self.file_path(image) or image.path)
 
     def stream(self, images: Iterable[FoundImage]) -> Iterator[tuple[FoundImage, StableBytes | BadImage]]:
         raise AssertionError(f"{len(list(images))} files that can be read in any order are streamed")

@@ -37,8 +37,8 @@ class NamedImages(LocalFiles):
         super().__init__(location, base=os.path.dirname(location))  # noqa: PTH120 - surrogate escapes pass
 
     def scan(self, options: ScanOptions, *, note: Callable[[str], None]) -> Scan:
-        """Raises DinosearchError for a file that cannot be read, for two lines that contradict each other, and when no
-        file is there that it names."""
+        """Raises DinosearchError for a file that cannot be read, for two lines that contradict each other, and when
+        nothing is there that it names."""
         excluded = exclusion_test(options)
         named: dict[str, Named] = {}
         for each in self.names():
@@ -60,7 +60,13 @@ class NamedImages(LocalFiles):
         urls = {path: each.metadata for path, each in wanted.items() if is_url(path)}
         if urls:
             note(f"{len(urls)} images of {self.location} lie in the network")
-            images += find_urls(urls)
+            remote, silence = find_urls(urls)
+            if silence and not images:
+                raise DinosearchError(
+                    f"none of the {len(urls)} addresses that {self.location} names answers ({silence}). Check them and "
+                    "the network; what is indexed of it stays as it is"
+                )
+            images += remote
         return Scan(in_byte_order(images))
 
     @abstractmethod
@@ -69,6 +75,11 @@ class NamedImages(LocalFiles):
 
     def file_path(self, image: FoundImage) -> str | None:
         return None if is_url(image.path) else super().file_path(image)
+
+    def shown_path(self, image: FoundImage) -> str:
+        """Without the .. of a path relative to the list; what is before it is no link, so it is the same file."""
+        path = self.file_path(image)
+        return image.path if path is None else os.path.normpath(path)
 
     def read(self, image: FoundImage) -> StableBytes:
         return read_url(image) if is_url(image.path) else super().read(image)

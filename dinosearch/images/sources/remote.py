@@ -6,7 +6,6 @@ Nothing is kept on disk. Archives in the network are not opened: copy them here 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -88,18 +87,24 @@ def is_url(text: str) -> bool:
     return "://" in text and text.split("://")[0].replace("+", "").isalnum()
 
 
-def find_urls(metadata: Mapping[str, str]) -> list[FoundImage]:
-    """The images at some URLs, with what is said of each; one that cannot be asked about fails when it is read."""
+def find_urls(metadata: Mapping[str, str]) -> tuple[list[FoundImage], str | None]:
+    """The images at some URLs, with what is said of each, and why if none of them answers.
 
-    def look(url: str) -> FoundImage:
-        facts = {}
-        if _protocol(url) in PROTOCOLS:
-            files = open_files(url)
-            with contextlib.suppress(*remote_errors()):
-                facts = files.info(url)
-        return _found(url, facts, metadata[url])
+    Of several, one that cannot be asked about fails when it is read.
+    """
 
-    return list(in_threads(look, metadata, workers=_REQUESTS))
+    def look(url: str) -> tuple[FoundImage, str | None]:
+        if _protocol(url) not in PROTOCOLS:
+            return _found(url, {}, metadata[url]), _no_protocol(url)
+        files = open_files(url)
+        try:
+            return _found(url, files.info(url), metadata[url]), None
+        except remote_errors() as error:
+            return _found(url, {}, metadata[url]), _reason(error)
+
+    found = list(in_threads(look, metadata, workers=_REQUESTS))
+    silences = [reason for _, reason in found if reason]
+    return [image for image, _ in found], silences[0] if found and len(silences) == len(found) else None
 
 
 def read_url(image: FoundImage) -> StableBytes:
@@ -110,7 +115,7 @@ def read_url(image: FoundImage) -> StableBytes:
 def fetch(url: str) -> bytes:
     """What is at a URL, up to MAX_REMOTE_BYTES. Raises BadImage, and DinosearchError where the extra is missing."""
     if _protocol(url) not in PROTOCOLS:
-        raise BadImage("unreadable", f"{_protocol(url)}:// is not among {', '.join(PROTOCOLS[:4])}")
+        raise BadImage("unreadable", _no_protocol(url))
     files = open_files(url)
     # Web servers may send more than they announce, so theirs is read as a stream: of no known size, in no blocks.
     options = {"block_size": 0, "size": 1} if url.startswith("http") else {}
@@ -156,6 +161,10 @@ def _protocol(url: str) -> str:
     return url.partition("://")[0].lower()
 
 
+def _no_protocol(url: str) -> str:
+    return f"{_protocol(url)}:// is not among {', '.join(PROTOCOLS[:4])}"
+
+
 def _listing(files: Any, location: str) -> tuple[list[FoundImage], list[tuple[str, str]]]:
     """What is there, "" being the location itself, and folders that gave no listing, with the reason."""
     if location.startswith("http"):
@@ -191,7 +200,7 @@ def _web_listing(files: Any, root: str) -> tuple[list[FoundImage], list[tuple[st
             (folders if link["type"] == "directory" else urls).append(url)
         if len(seen) - len(urls) > _MAX_FOLDERS:
             raise ValueError(f"it has more than {_MAX_FOLDERS} folders")
-    images = find_urls(dict.fromkeys(filter(is_image_name, urls), ""))
+    images, _ = find_urls(dict.fromkeys(filter(is_image_name, urls), ""))
     return [replace(image, path=image.path[len(root) :]) for image in images], unreadable
 
 

@@ -13,6 +13,7 @@ import json
 import lzma
 import math
 import re
+import sys
 import tarfile
 import zlib
 from collections import defaultdict
@@ -51,7 +52,7 @@ _MAX_NAME_BYTES = 2**20  # a header that brings a longer name or more attributes
 _LONG_HEADERS = frozenset(
     {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 )
-_DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ValueError, OverflowError)
+_DAMAGE = (OSError, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ValueError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class TarSource(Archive):
                         images.append(FoundImage("", info.size, facts.mtime_ns, name))
                     else:
                         sidecars.see(tar, info, name)
-        except (OSError, *_DAMAGE) as error:
+        except _damage() as error:
             if isinstance(error, OSError) and error.errno:
                 raise missing(self.location, error) from error
             if not images:
@@ -133,7 +134,7 @@ class TarSource(Archive):
                             yield image, self._checked(image, data)
                         except BadImage as bad:
                             yield image, bad
-        except (OSError, *_DAMAGE) as error:
+        except _damage() as error:
             failed += [(image, BadImage("unreadable", f"the archive: {error}")) for image in wanted.values()]
         yield from failed
 
@@ -215,6 +216,13 @@ class _Header(tarfile.TarInfo):
 def _compression(location: str) -> str | None:
     lowered = location.lower()
     return next((module for ends, module in COMPRESSED.items() if lowered.endswith(ends)), None)
+
+
+def _damage() -> tuple[type[BaseException], ...]:
+    """What a damaged archive raises; Python 3.14 has an error of its own for zstd, loaded with its module."""
+    zstd = sys.modules.get("compression.zstd")
+    more: list[type[BaseException]] = [zstd.ZstdError] if zstd else []
+    return (*_DAMAGE, *more)
 
 
 @contextmanager
