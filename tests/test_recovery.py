@@ -85,6 +85,7 @@ def accuracy(images: Path, model: Path) -> float:
     return float((labels[nearest] == labels).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "changed"), PROVOKED)
 def test_a_provoked_collapse_alarms_and_is_left_behind(
     images: Path, tmp_path: Path, overrides: dict[str, float], changed: str
