@@ -39,7 +39,7 @@ class Optimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def set(self, *, lr: float, weight_decay: float, muon_lr: float) -> None:
-        """muon_lr: Muon's learning rate as a multiple of `lr`; what weight decay takes in a step is the same for both."""
+        """muon_lr: Muon's rate as a multiple of `lr`; weight decay takes as much in a step of either."""
         for optimizer in self._all:
             for group in optimizer.param_groups:
                 faster = muon_lr if isinstance(optimizer, torch.optim.Muon) else 1.0
