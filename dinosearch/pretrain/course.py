@@ -24,7 +24,7 @@ from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.logs import Log
 from dinosearch.pretrain.plan import Plan
 from dinosearch.pretrain.quality import Best, Look, Quality, measure_quality, sample_rows
-from dinosearch.pretrain.run import Run, has_bf16
+from dinosearch.pretrain.run import Run
 from dinosearch.pretrain.warmstart import improved
 from dinosearch.vit.folder import ModelFacts, ModelFolder, Note, first_line, save_model
 
@@ -253,26 +253,24 @@ class Course:
 
     def _measure(self, step: int) -> dict[str, Any]:
         """Figures of the teacher's features, by name; the weights are kept if they are the best so far."""
-        run, backbone = self.run, self.run.teacher.backbone
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=has_bf16(run.device)):
-            pixels, aspect = self.bank.take(self._rows)
-            self.quality = measure_quality(
-                backbone,
-                torch.from_numpy(pixels),
-                torch.from_numpy(aspect),
-                run.recipe.views,
-                device=run.device,
-                seed=run.seed,
-            )
+        backbone = self.run.teacher.backbone
+        self.quality = self._quality_of(backbone)
         measured: dict[str, Any] = dict(self.quality.facts())
         if self.evaluate is not None:
-            self.knn_top1 = self.evaluate(backbone, run.facts)
+            self.knn_top1 = self.evaluate(backbone, self.run.facts)
             measured["knn_top1"] = round(self.knn_top1, 4)
         by_labels = self.select == "labels" and self.knn_top1 is not None
         score = self.knn_top1 if by_labels and self.knn_top1 is not None else self.quality.recall_at_1
         self._measured = Look(step=step, score=score, n=len(self._rows), measured={"step": step, **measured})
         self.best.offer(self._measured, backbone)
         return measured
+
+    def _quality_of(self, backbone: nn.Module) -> Quality:
+        run = self.run
+        pixels, aspect = map(torch.from_numpy, self.bank.take(self._rows))
+        return measure_quality(
+            backbone.to(run.device), pixels, aspect, run.recipe.views, device=run.device, seed=run.seed
+        )
 
     def _write_line(self, facts: Mapping[str, Any]) -> None:
         if not self.run.team.leads:
@@ -371,13 +369,7 @@ class Course:
 
     def _start_unless_improved(self, backbone: nn.Module, start: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """What to export, and what model.json says of it: the start where the run has not made it better."""
-        run = self.run
-        rows = sample_rows(len(self.bank), batch_size=run.recipe.batch_size)
-        pixels, aspect = map(torch.from_numpy, self.bank.take(rows))
-        found, before = (
-            measure_quality(net.to(run.device), pixels, aspect, run.recipe.views, device=run.device, seed=run.seed)
-            for net in (backbone, start)
-        )
+        found, before = self._quality_of(backbone), self._quality_of(start)
         better = improved(found, before)
         if not better:
             self.note(

@@ -1,4 +1,4 @@
-"""How good the features are, without labels, and which look at them was the best. Knows no files and no run.
+"""How good the features are, without labels, and which look at them was the best. Knows no files and no schedule.
 
 Two figures. Recall: does an image, distorted in one way, find itself among many that were distorted in another? It
 falls when features collapse and rises when they become invariant. Rank: how many directions do the vectors of the
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dinosearch.pretrain.health import effective_rank
+from dinosearch.pretrain.run import has_bf16
 from dinosearch.pretrain.views import ViewSettings, multi_crop, normalise, resample
 
 MOST_IMAGES = 512
@@ -64,12 +65,18 @@ def measure_quality(
     assert not backbone.training
     crops = replace(views, n_local=0)
     generator = torch.Generator().manual_seed(seed)
+
+    def embed(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            features = backbone(images)
+        return nn.functional.normalize(features.float(), dim=1)
+
     firsts, seconds, plain = [], [], []
     for chunk, shape in zip(pixels.split(CHUNK), aspect.split(CHUNK), strict=True):
         first, second = multi_crop(chunk.to(device), shape, crops, generator=generator)[0]
-        firsts.append(_unit(backbone(first)))
-        seconds.append(_unit(backbone(second)))
-        plain.append(_unit(backbone(_undistorted(chunk.to(device), shape, views))))
+        firsts.append(embed(first))
+        seconds.append(embed(second))
+        plain.append(embed(_undistorted(chunk.to(device), shape, views)))
     nearest = (torch.cat(firsts) @ torch.cat(seconds).T).argmax(dim=1)
     found = nearest == torch.arange(len(pixels), device=nearest.device)
     return Quality(recall_at_1=found.float().mean().item(), rank=effective_rank(torch.cat(plain)))
@@ -81,10 +88,6 @@ def _undistorted(pixels: Tensor, aspect: Tensor, views: ViewSettings) -> Tensor:
     box = torch.stack([(1 - width) / 2, (1 - height) / 2, width, height], dim=1)
     upright = torch.zeros(len(pixels), dtype=torch.bool)
     return normalise(resample(pixels.float() / 255, box, upright, size=views.global_size), views.mean, views.std)
-
-
-def _unit(features: Tensor) -> Tensor:
-    return nn.functional.normalize(features.float(), dim=1)
 
 
 @dataclass(frozen=True)
