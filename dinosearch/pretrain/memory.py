@@ -60,7 +60,7 @@ def forecast(run: Run, *, side: int, channels: int) -> Forecast:
     peak = _peak(timelines, wanted=share)
     n_timed = share if run.device.type == "cuda" else min(TIMED_IMAGES, share)
     seconds = _time(run, n_timed, side, channels) * share / n_timed
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     if run.device.type == "cpu":
         state = sum(tensor.nbytes for tensor in run.state().values())
         peak += resident_bytes() + COPIES_KEPT * state

@@ -13,8 +13,9 @@ from dinosearch.pretrain.dino import WeightNormLinear, update_teacher
 from dinosearch.pretrain.distill import Distillation, Mentor
 from dinosearch.pretrain.distributed import ALONE, Team
 from dinosearch.pretrain.health import Health, look
-from dinosearch.pretrain.net import Net, create_backbone, layer_of
+from dinosearch.pretrain.net import Net, create_backbone
 from dinosearch.pretrain.objective import Forwarded, make_objective
+from dinosearch.pretrain.optimizer import Optimizer
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.schedules import cosine
 from dinosearch.pretrain.views import BatchGenerator, multi_crop
@@ -68,9 +69,7 @@ class Run:
         if start is not None:
             self.student.backbone.load_state_dict(start.state_dict())
         self.teacher.load_state_dict(self.student.state_dict())
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.student, recipe), lr=0.0, fused=device.type in ("cpu", "cuda")
-        )
+        self.optimizer = Optimizer(self.student, recipe, device=device)
         self._last_layers = [m for m in self.student.modules() if isinstance(m, WeightNormLinear)]
         self._forward = self._forward_crops
 
@@ -93,7 +92,7 @@ class Run:
         views = multi_crop(self._to_device(pixels), torch.from_numpy(aspect), crops, generator=generator)
         forwarded = self._forward(*self.objective.extend(views, generator=generator))
         terms = self.objective.terms(forwarded, done=done)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         terms.total.backward()
         self._freeze(done)
         parts = {name: part.detach() for name, part in terms.parts.items()}
@@ -136,20 +135,14 @@ class Run:
             for prefix, module in self._modules().items()
             for name, tensor in module.state_dict().items()
         }
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         return {name: tensor.detach().clone().contiguous().cpu() for name, tensor in tensors.items()}
 
     def put_back(self, state: Mapping[str, Tensor]) -> None:
         """Become what `state` copied, bit for bit."""
         for prefix, module in self._modules().items():
             module.load_state_dict(_below(state, prefix))
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _below(state, "optimizer").items():
-            index, key = name.split(".", 1)
-            states.setdefault(int(index), {})[key] = tensor.clone()  # load_state_dict would keep the tensor itself
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+        self.optimizer.put_back(_below(state, "optimizer"))
 
     def export(self, folder: Path, *, trained: Mapping[str, Any]) -> ModelFolder:
         """Write the teacher's backbone as a model folder."""
@@ -177,7 +170,7 @@ class Run:
             return self.objective.forward_crops(self.student, self.teacher, *views)
 
     def _freeze(self, done: float) -> None:
-        """Drop the gradients of what is not to move yet: AdamW leaves alone what has none."""
+        """Drop the gradients of what is not to move yet: optimizers leave alone what has none."""
         frozen: list[nn.Parameter] = []
         if done < self.recipe.freeze_last_layer:
             frozen += [layer.weight_v for layer in self._last_layers]
@@ -199,28 +192,8 @@ class Run:
         recipe = self.recipe
         lr = cosine(recipe.lr, recipe.final_lr, done, warmup=recipe.warmup)
         weight_decay = cosine(*recipe.weight_decay, done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_multiplier"]
-            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        self.optimizer.set(lr=lr, weight_decay=weight_decay, muon_lr=recipe.muon_lr)
         return lr
-
-
-def parameter_groups(student: Net, recipe: Recipe) -> list[dict[str, Any]]:
-    """What is trained, grouped by weight decay (matrices only) and by layer-wise learning rate, of which
-    `lr_multiplier` is the share. Source: DINOv2's param_groups.py.
-    """
-    n_blocks = len(student.backbone.blocks)
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            multiplier = recipe.layer_decay ** (n_blocks + 1 - layer_of(name, n_blocks=n_blocks))
-            if "patch_embed" in name:
-                multiplier *= recipe.patch_embed_lr
-            groups.setdefault((parameter.ndim > 1, multiplier), []).append(parameter)
-    return [
-        {"params": parameters, "decays": decays, "lr_multiplier": multiplier}
-        for (decays, multiplier), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-    ]
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
