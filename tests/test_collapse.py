@@ -17,8 +17,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason=f"needs Debian's {data_module.DEBIAN_PACKAGE}"),
 ]
-STEPS = 250
-BATCH = 64
+STEPS = 300
+BATCH = 32
 SETTINGS: dict[str, Any] = {"batch_size": BATCH, "out_dim": 2048}
 
 
