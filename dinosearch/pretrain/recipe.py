@@ -228,13 +228,23 @@ def plan_recipe(
         if "patch_size" in asked:
             sizes["patch_size"] = patch_size
         arch_kwargs |= asked | sizes  # sizes asked for by their own names hold
+    if pooling == "avg" and not by_name:
+        arch_kwargs.setdefault("class_token", False)
+    views = ViewSettings(global_size=image_size, local_size=local_size, n_local=n_local, mean=mean, std=std)
+    if image_size <= TINY:
+        views = replace(
+            views,
+            global_scale=decide("global_scale", (0.5, 1.0), f"a twentieth of {side} px is no picture any more"),
+            local_scale=decide("local_scale", (0.15, 0.5), "small crops keep some of their pixels"),
+            solarize=decide("solarize", (0.0, 0.0, 0.0), "tiny pictures have little but their tones"),
+        )
     recipe = Recipe(
         arch=arch,
         arch_kwargs=arch_kwargs,
         image_size=image_size,
         patch_size=patch_size,
         channels=channels,
-        views=ViewSettings(global_size=image_size, local_size=local_size, n_local=n_local, mean=mean, std=std),
+        views=views,
         method=method,
         batch_size=batch_size,
         out_dim=out_dim,
@@ -310,6 +320,9 @@ def _channels(survey: Survey, choices: "_Choices") -> tuple[int, tuple[float, ..
 
 
 OWN = "the architecture's own"
+TINY = 40
+"""Pixels a side; up to here crops are gentler. After 40,000 images of Fashion-MNIST in batches of 32, k-NN accuracy was
+0.807 with the gentler crops and 0.776 with DINO's."""
 FEW_IMAGES = 20_000
 SINKHORN_BATCH = 1024
 """Below it balanced assignments are noise: with small batches the loss of dinov3 stayed at ln(out_dim)."""
@@ -333,7 +346,7 @@ def _native(arch: str) -> tuple[int, int]:
 def _image_size(side: int, accelerator: bool) -> tuple[int, str]:
     """Never more pixels than the images have; fewer on a CPU, where time grows with their number."""
     steps, largest = ((32, 64, 96, 128, 160, 224), 224) if accelerator else ((32, 64, 96, 128), 128)
-    if side <= 40:
+    if side <= TINY:
         size = max(8, side - side % 4)
         return size, f"all of their {side} px"
     size = max(size for size in steps if size <= max(side, 32))
@@ -342,7 +355,7 @@ def _image_size(side: int, accelerator: bool) -> tuple[int, str]:
 
 def _patch_size(image_size: int) -> tuple[int, str]:
     """Patches that cut small squares into 4×4 and larger ones into about 8×8, or 14×14 at 224 px."""
-    if image_size <= 40:
+    if image_size <= TINY:
         patch = image_size // 4
     elif image_size <= 128:
         patch = image_size // 8
