@@ -340,7 +340,7 @@ def test_another_model_waits_for_files_out_of_reach(shop, monkeypatch):
     shop.model = a_model(1)
     summary = shop.sync()
     assert (summary.model, summary.embedded, summary.images) == ("m0", 20, 21)
-    assert "1 images are out of reach" in shop.notes[-1]
+    assert "1 image is out of reach" in shop.notes[-1]
     monkeypatch.undo()
     summary = shop.sync()
     assert (summary.model, summary.embedded, summary.images) == ("m1", 1, 21)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dinosearch.cli import show
-from dinosearch.cli.index import IndexOption, JsonOption, chosen_index
+from dinosearch.cli.index import IndexOption, JsonOption, MemoryOption, bytes_of, chosen_index
 
 
 def add_to(app: typer.Typer) -> None:
@@ -16,6 +16,7 @@ def add_to(app: typer.Typer) -> None:
 def forget(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Images, folders, archives or their members.")],
     index: IndexOption = None,
+    max_memory: MemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Erase images from an index, with every trace of them; the files themselves stay.
@@ -24,7 +25,7 @@ def forget(
     """
     from dinosearch.index.forget import forget as forget_paths
 
-    forgotten = forget_paths(chosen_index(index), paths, note=show.note)
+    forgotten = forget_paths(chosen_index(index), paths, max_memory=bytes_of(max_memory), note=show.note)
     if as_json:
         show.json_line(asdict(forgotten))
         return

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 IndexOption = Annotated[str | None, typer.Option("--index", help="Name or folder of an index; the newest without.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+MemoryOption = Annotated[
+    str | None, typer.Option("--max-memory", metavar="SIZE", help="Use no more memory than this, such as 1.5G.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -49,9 +52,7 @@ def index(
             "accuracy: below a mean cosine of 0.995 to fp32 it is refused."
         ),
     ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Use no more memory than this, such as 1.5G.")
-    ] = None,
+    max_memory: MemoryOption = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Accept that more than a fifth of the files is gone.")
     ] = False,
@@ -93,7 +94,7 @@ def index(
     from dinosearch.vit.folder import models_path
     from dinosearch.vit.resolve import resolve_model
 
-    memory = _bytes_of(max_memory) if max_memory else None
+    memory = bytes_of(max_memory)
     opened = open_sources(sources)
     part = Shard.parse(shard) if shard else None
     given = GivenOptions(None if exclude is None else tuple(filter(None, exclude)), include_hidden, all_pages)
@@ -218,6 +219,16 @@ def chosen_index(spec: str | None) -> Path:
     return path
 
 
+def bytes_of(text: str | None) -> int | None:
+    """ "1.5G" → 1610612736; None, for no limit, stays None."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"{text!r} is no size; give bytes, or such as 900M or 1.5G")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+
+
 def _source_line(source: dict[str, Any]) -> str:
     options = [f"without {pattern}" for pattern in source["exclude"]]
     options += ["with hidden names"] * source["include_hidden"] + ["every page"] * source["all_pages"]
@@ -228,14 +239,6 @@ def _details(progress: "SyncProgress") -> str:
     speed = f"{progress.images_per_second:.0f} images/s  {progress.mb_per_second:.1f} MB/s"
     parts = [speed, f"limit: {progress.limit}"] if progress.images_per_second else []
     return "  ".join(parts + ([f"{progress.failed} failed"] if progress.failed else []))
-
-
-def _bytes_of(text: str) -> int:
-    """ "1.5G" → 1610612736"""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not found:
-        raise typer.BadParameter(f"{text!r} is no size; give bytes, or such as 900M or 1.5G")
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
 def _shown_sync(sync: "Generator[SyncProgress, None, None]") -> "SyncSummary":

@@ -187,9 +187,11 @@ def sync_index(
         yield SyncProgress("finish")
         _remember_stamps(catalog, surveys, numbers)
         if switching and changes.n_out_of_reach:
+            n, one = changes.n_out_of_reach, changes.n_out_of_reach == 1
             note(
-                f"{changes.n_out_of_reach} images are out of reach now and have no vector "
-                f"of {model.name} yet: {catalog.meta('model')} answers until they are within reach or gone"
+                f"{n} {'image is out of reach now and has' if one else 'images are out of reach now and have'} no vector "
+                f"of {model.name} yet: {catalog.meta('model')} answers until {'it is' if one else 'they are'} within "
+                "reach or gone"
             )
             catalog.commit()
         else:
