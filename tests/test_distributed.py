@@ -21,6 +21,7 @@ TRAIN = [
     *("-m", "dinosearch", "train", "digits", "--batch-size", "8", "--out-dim", "32", "--local-crops", "2"),
     *("--image-size", "16", "--patch-size", "4", "--json"),
     *("--set", 'arch_kwargs={"embed_dim": 32, "depth": 2, "num_heads": 2}'),
+    *("--set", "head_hidden_dim=64", "--set", "head_bottleneck_dim=32"),
 ]
 pytestmark = pytest.mark.slow
 

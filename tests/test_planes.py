@@ -74,6 +74,7 @@ def test_another_number_of_channels_is_told() -> None:
         decode(paged(planes(5))[:700], Fit(16, channels=5))
 
 
+@pytest.mark.slow
 def test_five_channels_are_learnt_indexed_and_found(tmp_path: Path) -> None:
     """Through the real command line, from a zip; both engines give the same vectors."""
     import zipfile

@@ -18,7 +18,7 @@ from dinosearch.pretrain.course import TrainReport
 from dinosearch.pretrain.train import TrainConfig, train
 from dinosearch.vit.folder import open_model
 
-N = 400
+N = 200
 STEPS = 200
 SMALL: dict[str, Any] = {
     "image_size": 16,
@@ -27,6 +27,8 @@ SMALL: dict[str, Any] = {
     "arch_kwargs": {"embed_dim": 64, "depth": 2, "num_heads": 2},
     "batch_size": 32,
     "out_dim": 256,
+    "head_hidden_dim": 128,
+    "head_bottleneck_dim": 64,
     "local_crops": 2,
 }
 PROVOKED: list[tuple[dict[str, float], str]] = [

@@ -20,7 +20,15 @@ from dinosearch.pretrain.course import Progress, TrainReport
 from dinosearch.pretrain.train import TrainConfig, train
 from dinosearch.vit.folder import list_models, open_model
 
-QUICK: dict[str, Any] = {"image_size": 16, "patch_size": 4, "batch_size": 8, "out_dim": 32, "local_crops": 2}
+QUICK: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 4,
+    "batch_size": 8,
+    "out_dim": 32,
+    "head_hidden_dim": 64,
+    "head_bottleneck_dim": 32,
+    "local_crops": 2,
+}
 
 
 @pytest.fixture(scope="module")

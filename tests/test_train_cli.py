@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).parent.parent
 TINY = [
     *("--image-size", "16", "--patch-size", "4", "--batch-size", "8", "--out-dim", "32", "--local-crops", "2"),
     *("--set", 'arch_kwargs={"embed_dim": 32, "depth": 2, "num_heads": 2}'),
+    *("--set", "head_hidden_dim=64", "--set", "head_bottleneck_dim=32"),
 ]
 
 
