@@ -11,7 +11,7 @@ from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.pretrain.train import TrainConfig, train
 from dinosearch.query.exam import Exam, open_exam
 from dinosearch.query.probe import knn_accuracy, knn_vote
-from dinosearch.vit.folder import ModelFolder, open_model
+from dinosearch.vit.folder import ModelFacts, ModelFolder, create_vit, open_model
 
 
 def vectors_of(model: ModelFolder, paths: list[Path]) -> np.ndarray:
@@ -99,3 +99,9 @@ def test_a_run_reports_accuracy_by_labels_and_learns_nothing_from_them(squares: 
     assert model.trained["quality"]["step"] == 3
     with pytest.raises(UsageError, match="--labels"):
         list(train(TrainConfig((squares,), tmp_path, name="c", device="cpu", select="labels")))
+
+
+def test_a_model_of_one_channel_is_asked_about_one(tiny_model: ModelFolder, squares: Path) -> None:
+    kwargs = tiny_model.arch_kwargs | {"in_chans": 1}
+    facts = ModelFacts(arch=tiny_model.arch, arch_kwargs=kwargs, image_size=32, mean=(0.5,), std=(0.2,))
+    assert 0.5 < open_exam("folders", [squares])(create_vit(facts).eval(), facts) <= 1.0

@@ -62,8 +62,8 @@ class Exam:
         return found.top1
 
     def _read(self, facts: ModelFacts) -> np.ndarray:
-        """uint8 [n, size, size, 3]; files without usable pixels are left out, and their labels with them."""
-        fit = Fit(facts.image_size, mode=facts.fit, crop_pct=facts.crop_pct, interpolation=facts.interpolation)
+        """uint8 [n, size, size, channels]; files without usable pixels are left out, and their labels with them."""
+        fit = Fit(facts.image_size, facts.fit, facts.crop_pct, facts.interpolation, facts.channels)
         budget = pixel_budget(n_cores())
 
         def square(path: Path) -> np.ndarray | None:
