@@ -60,8 +60,7 @@ def import_weights(
     if as_json:
         show.json_line(_facts(model))
     else:
-        size = f"{model.image_size} px, {model.dim} dimensions"
-        show.line(f"{show.shown(model.path)}: {model.arch}, {size}, fingerprint {model.fingerprint}")
+        show.line(f"{show.shown(model.path)}: fingerprint {model.fingerprint}")
 
 
 def _facts(model: "ModelFolder") -> dict[str, Any]:

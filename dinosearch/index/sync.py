@@ -187,11 +187,11 @@ def sync_index(
         yield SyncProgress("finish")
         _remember_stamps(catalog, surveys, numbers)
         if switching and changes.n_out_of_reach:
-            n, one = changes.n_out_of_reach, changes.n_out_of_reach == 1
+            one = changes.n_out_of_reach == 1
+            images, they = ("image is", "it is") if one else ("images are", "they are")
             note(
-                f"{n} {'image is out of reach now and has' if one else 'images are out of reach now and have'} no vector "
-                f"of {model.name} yet: {catalog.meta('model')} answers until {'it is' if one else 'they are'} within "
-                "reach or gone"
+                f"{changes.n_out_of_reach} {images} out of reach now, without a vector of {model.name} yet: "
+                f"{catalog.meta('model')} answers until {they} within reach or gone"
             )
             catalog.commit()
         else:
