@@ -60,9 +60,9 @@ def test_a_ruinous_setting_alarms_and_the_run_still_learns(
     before = accuracy(exam, run(fashion, tmp_path, steps=0))
     report = run(fashion, tmp_path, **overrides)
     after = accuracy(exam, report)
-    print(report.health, before, after)
     alarms = report.health["alarms"]
-    assert [alarm["kind"] in ("collapse", "divergence") for alarm in alarms] == [True]
+    assert alarms
+    assert alarms[0]["kind"] in ("collapse", "divergence")
     assert changed in alarms[0]["changed"]
     assert report.steps == STEPS
     assert after > before
