@@ -98,8 +98,9 @@ def test_a_known_cause_is_mended_alone() -> None:
     assert changes == "teacher temperature 0.2 → 0.04"
     slow, _ = remedy(replace(RECIPE, center_momentum=0.999), COLLAPSE)
     assert slow == replace(RECIPE, center_momentum=0.9)
+    usual = usual_lr(RECIPE.batch_size)
     for alarm in (COLLAPSE, not_a_number(None)):
-        assert remedy(replace(RECIPE, lr=100 * usual_lr(RECIPE.batch_size)), alarm)[0] == RECIPE
+        assert remedy(replace(RECIPE, lr=100 * usual), alarm)[0] == replace(RECIPE, lr=usual)
 
 
 def test_without_a_known_cause_the_teacher_gets_sharper_and_steadier_and_steps_smaller() -> None:
