@@ -54,13 +54,19 @@ def test_the_map_leaves_out_the_tokens_that_are_no_patches(kwargs):
     assert found.heads[1].ravel() == pytest.approx(whole[0, 1, 0, n_prefix:].detach().numpy(), abs=1e-6)
 
 
-def test_without_a_class_token_there_are_patch_tokens_only():
-    facts = replace(FACTS, arch_kwargs=SMALL | {"class_token": False}, pooling="avg")
-    found = look(create_vit(facts).eval(), torch.randn(1, 3, 16, 32))
-    assert found.heads is None
+@pytest.mark.parametrize("class_token", [True, False])
+def test_where_patches_are_pooled_the_mean_of_their_attention_is_taken(class_token):
+    facts = replace(FACTS, arch_kwargs=SMALL | {"class_token": class_token}, pooling="avg")
+    vit = create_vit(facts).eval()
+    pixels = torch.randn(1, 3, 16, 32)
+    found = look(vit, pixels)
     assert found.patches.shape == (2, 4, 32)
     norms = found.patches.std(axis=-1)
     assert norms == pytest.approx(np.ones_like(norms), abs=0.05)  # normalised, by the norm that is there
+    inside = vit.blocks[:-1](vit.norm_pre(vit._pos_embed(vit.patch_embed(pixels))))
+    whole = attention_weights(vit.blocks[-1].attn, vit.blocks[-1].norm1(inside)).detach().numpy()
+    expected = sum(whole[0, 1, i, -8:] for i in range(-8, 0)) / 8
+    assert found.heads[1].ravel() == pytest.approx(expected, abs=1e-6)
 
 
 def test_colours_are_the_directions_of_most_variance():

@@ -46,7 +46,7 @@ def attention(
     drawn = draw(vit, picture, short_side=size or TIMES_LARGER * vit.image_size)
     target = out or Path(f"{image.stem}-attention.png")
     if vit.pooling != "token":
-        show.note(f"{vit.name} pools its patch tokens by {vit.pooling}: its class token, if any, was not trained")
+        show.note(f"{vit.name} pools its patch tokens: drawn is where these look on average, not a class token")
     file = io.BytesIO()
     drawn.save(file, "PNG")
     try:

@@ -32,9 +32,9 @@ HEAT = ((0.0, (0, 0, 4)), (0.35, (120, 28, 109)), (0.65, (237, 105, 37)), (1.0, 
 class Look:
     """One image through a ViT of `rows` × `columns` patches."""
 
-    heads: np.ndarray | None
-    """float32 [heads, rows, columns]: attention from the class token to each patch; the rest to 1 goes to the tokens
-    that are no patches. None where there is no class token."""
+    heads: np.ndarray
+    """float32 [heads, rows, columns]: attention to each patch from the class token, or the mean of all patches' where
+    they are what is pooled; the rest to 1 goes to the tokens that are no patches."""
     patches: np.ndarray
     """float32 [rows, columns, dim]: the normalised tokens that the last block leaves."""
 
@@ -81,10 +81,10 @@ def look(vit: "nn.Module", pixels: "Tensor") -> Look:
             # timm has one of both norms, for pooling by class token or by average: [1, prefix + rows × columns, dim]
             tokens = timm_vit.fc_norm(timm_vit.norm(_tokens(timm_vit, pixels)))
             n_prefix = tokens.shape[1] - rows * columns
-            heads = None
-            if timm_vit.cls_token is not None:
-                attention = attention_weights(last.attn, seen[0])[0, :, 0, n_prefix:]  # [heads, rows × columns]
-                heads = attention.reshape(-1, rows, columns).numpy()
+            attention = attention_weights(last.attn, seen[0])[0]  # [heads, tokens, tokens]
+            # the tokens that the image's vector is made of; with average pooling a class token was never trained
+            asking = slice(0, 1) if timm_vit.global_pool == "token" else slice(n_prefix, None)
+            heads = attention[:, asking, n_prefix:].mean(dim=1).reshape(-1, rows, columns).numpy()
     finally:
         hook.remove()
     return Look(heads, tokens[0, n_prefix:].reshape(rows, columns, -1).numpy())
@@ -133,9 +133,8 @@ def draw(model: ModelFolder, image: Image.Image, *, short_side: int) -> Image.Im
     large = seen.resize((size[0] * scale, size[1] * scale), Image.Resampling.BICUBIC)
     colours = Image.fromarray(principal_colours(found.patches)).resize(large.size, Image.Resampling.NEAREST)
     panels = [(f"{size[0]} x {size[1]} px", large), ("patch tokens (PCA)", colours)]
-    if found.heads is not None:
-        panels.append(("mean of the heads", _heat(found.heads.mean(axis=0), large)))
-        panels += [(f"head {i + 1}", _heat(head, large)) for i, head in enumerate(found.heads)]
+    panels.append(("mean of the heads", _heat(found.heads.mean(axis=0), large)))
+    panels += [(f"head {i + 1}", _heat(head, large)) for i, head in enumerate(found.heads)]
     return _side_by_side(panels)
 
 
