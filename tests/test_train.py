@@ -147,7 +147,8 @@ def test_a_stopped_run_resumes_to_the_same_tensors_bit_for_bit(images: Path, tmp
         asked += 1
         return asked > 7
 
-    drop = {"overrides": {"arch": "vit_tiny_patch16_224"}}  # with stochastic depth
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    drop = {"overrides": {"arch": "vit_tiny_patch16_224", "arch_kwargs": small}}  # with stochastic depth
     whole, _ = run(images, tmp_path, name="whole", steps=12, **drop)
     half, _ = run(images, tmp_path, name="half", steps=12, stop=stop, **drop)
     assert half.stopped
