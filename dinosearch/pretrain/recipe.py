@@ -159,7 +159,8 @@ class _Choices:
     def decide(self, name: str, value: Any, why: str) -> Any:
         if self.given.get(name, "auto") != "auto":
             value, why = self.given[name], self._whys.get(name, "as you asked")
-        self.reasons.append(Reason(name.replace("_", " "), str(value), why))
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        self.reasons.append(Reason(name.replace("_", " "), shown, why))
         return value
 
 
