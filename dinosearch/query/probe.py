@@ -200,7 +200,7 @@ def guess(vectors: np.ndarray, task: Task, *, seed: int = 0, note: Callable[[str
     """Train both probes on a task's training part and let them guess the rest. vectors: unit float32 [n, dim]."""
     train, test = vectors[task.training], vectors[task.testing]
     known = task.classes[task.training]
-    k = int(min(MAX_K, _counts(known).min(), len(known)))
+    k = _k(known)
     note(f"k-NN vote of {k} among {len(train)} training images, {len(test)} test images")
     by_vote = knn_vote(train, known, test, k=k)
     note("linear probe: searching C")
@@ -316,21 +316,6 @@ def _fit(model: LogisticRegression, features: np.ndarray, classes: np.ndarray) -
         # Separable classes with a weak penalty: accuracy has settled long before the gradient has.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(features, classes)
-
-
-def _task(
-    labels: Sequence[str], split: Sequence[str] | None, *, seed: int, note: Callable[[str], None]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Names of the classes, the class of each row, and the rows to train and to test with."""
-    names, classes = np.unique(np.asarray(labels, dtype=object), return_inverse=True)
-    training, testing = _parts(names, classes, split, seed=seed, note=note)
-    if len(np.unique(classes[training])) < 2:
-        raise DinosearchError(
-            f"all {len(training)} training images have the label {names[classes[training[0]]]!r}. "
-            "Label images of two classes or more"
-        )
-    _note_untrained(names, classes, training, testing, note)
-    return names, classes, training, testing
 
 
 def _k(training_classes: np.ndarray) -> int:
