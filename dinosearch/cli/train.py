@@ -170,6 +170,7 @@ def train(
     if as_json:
         facts = asdict(report) | {"model": Path(report.model).name}
         del facts["stopped"]
+        facts["health"]["quality"] = facts.pop("quality")
         show.json_line(facts)
     else:
         _print_report(report)
