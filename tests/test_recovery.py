@@ -118,7 +118,8 @@ def test_strict_stops_at_the_alarm_and_keeps_the_sound_state(images: Path, tmp_p
     assert all(torch.isfinite(tensor).all() for tensor in kept.tensors().values())
 
 
-@pytest.mark.parametrize("stop_at", [25, pytest.param(55, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [25, 55])
 def test_a_run_stopped_around_an_alarm_ends_like_one_that_was_not(images: Path, tmp_path: Path, stop_at: int) -> None:
     asked = 0
 

@@ -54,6 +54,7 @@ def recipe_of(folder: Path) -> dict[str, object]:
     return json.loads((folder / "model.json").read_text())["trained"]["recipe"]
 
 
+@pytest.mark.slow
 def test_a_recipe_is_set_by_name_and_taken_from_another_model(work: Path) -> None:
     told = train(*TINY, "--set", "center_momentum=0.95", "--steps", "0", "--name", "first", cwd=work)
     assert "center momentum" in told.stderr
@@ -116,6 +117,7 @@ def test_a_run_killed_in_mid_epoch_resumes_to_the_same_bits(work: Path) -> None:
     assert "nothing to resume" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(work: Path) -> None:
     train(*TINY, "--steps", "60", "--checkpoint-every", "0.001", "--name", "damaged", cwd=work)
     folder = work / "models" / "damaged" / "training"
