@@ -117,3 +117,26 @@ def test_dinov2_brings_its_own_settings_and_each_can_be_overridden() -> None:
 def test_unknown_words_are_refused_with_those_there_are(wrong: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="Choose one of these"):
         planned(64, 64, **wrong)
+
+
+def test_one_image_is_too_few() -> None:
+    with pytest.raises(UsageError, match="two images or more"):
+        planned(64, 64, 1)
+
+
+def test_a_pooling_that_search_does_not_know_is_refused() -> None:
+    with pytest.raises(UsageError, match="'max' is none of token, avg"):
+        planned(64, 64, pooling="max")
+
+
+def test_small_models_average_their_patches_and_named_ones_keep_the_papers_ways() -> None:
+    small, named = planned(28, 28), planned(28, 28, arch="vit_tiny_patch16_224", image_size=32, patch_size=8)
+    assert (small.pooling, small.optimizer, small.arch_kwargs["class_token"]) == ("avg", "muon", False)
+    assert (named.pooling, named.optimizer) == ("token", "adamw")
+    assert "class_token" not in named.arch_kwargs
+
+
+def test_tiny_images_get_gentler_crops() -> None:
+    assert planned(28, 28).views.global_scale == (0.5, 1.0)
+    assert planned(64, 64).views.global_scale == (0.4, 1.0)
+    assert planned(28, 28, global_scale=(0.3, 1.0)).views.global_scale == (0.3, 1.0)

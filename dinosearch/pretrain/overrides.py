@@ -91,8 +91,9 @@ def checked(given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     values = {}
     for name, value in given.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3) or sorted(known)
-            raise UsageError(f"{where}: no setting {name!r}. Did you mean {', '.join(close)}?")
+            close = difflib.get_close_matches(name, known, n=3)
+            advice = f"Did you mean {', '.join(close)}?" if close else f"There are {', '.join(sorted(known))}"
+            raise UsageError(f"{where}: no setting {name!r}. {advice}")
         values[name] = _as_kind(value, known[name], where=f"{where}: {name}")
         low, high = LIMITS.get(name, (0, math.inf))
         numbers = value if isinstance(value, list | tuple) else [value]

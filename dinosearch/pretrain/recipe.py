@@ -195,6 +195,8 @@ def plan_recipe(
         "local_crops", *((8, "as in DINO") if accelerator else (4, "half of DINO's: a CPU sees more images"))
     )
     channels, mean, std = _channels(survey, choices)
+    if survey.n_images < 2:
+        raise UsageError("training needs two images or more: name more images")
     batch_size = decide("batch_size", *usual_batch_size(survey.n_images, accelerator))
     if not 2 <= batch_size <= survey.n_images:
         raise UsageError(
@@ -261,6 +263,8 @@ def plan_recipe(
     recipe = _with_the_rest(recipe, choices)
     _check_word("--set teacher_normalisation", recipe.teacher_normalisation, NORMALISATIONS)
     _check_word("--set optimizer", recipe.optimizer, OPTIMIZERS)
+    if overrides.get("pooling") is not None:  # a start may pool in yet another way
+        _check_word("--set pooling", recipe.pooling, POOLINGS)
     return recipe, choices.reasons
 
 

@@ -371,7 +371,7 @@ def _check(config: TrainConfig) -> None:
 def _check_parts(recipe: Recipe, team: Team) -> None:
     n_parts = team.size * recipe.accumulate
     if recipe.batch_size % n_parts or recipe.batch_size < 2 * n_parts:
-        best = max(2, round(recipe.batch_size / n_parts)) * n_parts
+        best = max(2, recipe.batch_size // n_parts) * n_parts  # rounded down: there may be no more images
         parts = f"{team.size} processes × --accumulate {recipe.accumulate}"
         raise UsageError(f"a batch of {recipe.batch_size} cannot be cut evenly for {parts}. Try --batch-size {best}")
 

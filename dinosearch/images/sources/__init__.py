@@ -50,9 +50,7 @@ def open_source(spec: str) -> list[Source]:
         if is_pattern(spec):
             return _matching(spec)
         if isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise DinosearchError(
-                f"no folder or file {spec}. Check the path; what is indexed of it stays as it is"
-            ) from error
+            raise DinosearchError(f"no folder or file {spec}. Check the path; nothing was changed") from error
         raise missing(spec, error) from error
     if stat.S_ISDIR(mode):
         return [FolderSource(os.path.realpath(spec))]
