@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import recipes
 import torch
 
 from dinosearch.errors import DinosearchError
@@ -11,21 +12,9 @@ from dinosearch.pretrain.alarm import Alarm
 from dinosearch.pretrain.guard import Guard
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.run import Run
-from dinosearch.pretrain.views import ViewSettings
 from dinosearch.vit.folder import quiet
 
-TINY = Recipe(
-    arch="vit_tiny_patch16_224",
-    arch_kwargs={"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    image_size=16,
-    patch_size=4,
-    views=ViewSettings(global_size=16, local_size=8, n_local=0),
-    batch_size=8,
-    out_dim=32,
-    head_hidden_dim=32,
-    head_bottleneck_dim=16,
-    warmup=0.0,
-)
+TINY = replace(recipes.TINY, views=replace(recipes.TINY.views, n_local=0))
 COLLAPSE = Alarm("collapse", "all alike")
 
 

@@ -7,29 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import recipes
 import torch
 
 import dinosearch.pretrain.run as run_module
 from dinosearch.errors import DinosearchError
 from dinosearch.pretrain.memory import _Followed, _peak, forecast, out_of_memory_explained
-from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.run import Run
-from dinosearch.pretrain.views import ViewSettings
 
 CPU = torch.device("cpu")
-TINY = Recipe(
-    arch="vit_tiny_patch16_224",
-    arch_kwargs={"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    image_size=16,
-    patch_size=4,
-    views=ViewSettings(global_size=16, local_size=8, n_local=2),
-    batch_size=8,
-    out_dim=64,
-    head_hidden_dim=32,
-    head_bottleneck_dim=16,
-    warmup=0.0,
-    freeze_last_layer=0.0,
-)
+TINY = replace(recipes.TINY, freeze_last_layer=0.0)
 NOISE = np.random.default_rng(0).integers(0, 256, (8, 3, 16, 16), dtype=np.uint8)
 SQUARE = np.ones(8, dtype=np.float32)
 
