@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dinosearch.pretrain.device import has_bf16
 from dinosearch.pretrain.health import effective_rank
-from dinosearch.pretrain.run import has_bf16
 from dinosearch.pretrain.views import ViewSettings, multi_crop, normalise, resample
 
 MOST_IMAGES = 512

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dinosearch.pretrain.device import has_bf16
 from dinosearch.pretrain.dino import WeightNormLinear, update_teacher
 from dinosearch.pretrain.distill import Distillation, Mentor
 from dinosearch.pretrain.distributed import ALONE, Team
@@ -198,11 +199,3 @@ class Run:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
-
-
-def has_bf16(device: torch.device) -> bool:
-    """The device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cpu":
-        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent from older torch
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()

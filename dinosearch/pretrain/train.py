@@ -24,6 +24,7 @@ from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
 from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
 from dinosearch.pretrain.course import Course, Evaluate, Progress, TrainReport, report_on
+from dinosearch.pretrain.device import choose_device, describe_machine
 from dinosearch.pretrain.distill import Mentor, crop_size, find_mentor
 from dinosearch.pretrain.distributed import Team, teamwork
 from dinosearch.pretrain.gather import TrainingImage, decode_pool, gather_images, images_digest
@@ -328,30 +329,6 @@ def _remember(kept: Mapping[str, Any], config: TrainConfig, *, folder: Path) -> 
         start=kept_start(folder / "training"),
         mentor=find_mentor(kept["teacher"]["fingerprint"], models=config.models) if "teacher" in kept else None,
     )
-
-
-def choose_device(wanted: str) -> torch.device:
-    """auto → the GPU if there is one, else the CPU. Raises UsageError for a device that is not there."""
-    mps = torch.backends.mps.is_available()
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise UsageError(f"no device {wanted!r}: choose auto, cpu, cuda, cuda:N or mps") from None
-    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not {"cpu": True, "mps": mps, "cuda": (device.index or 0) < n_cuda}.get(device.type, False):
-        raise UsageError(f"this machine has no {wanted}: leave --device out, or choose cpu")
-    return device
-
-
-def describe_machine(device: torch.device, team: Team) -> str:
-    """What decides about the last bits of a result, for people."""
-    processes = f"{team.size} processes with " if team.size > 1 else ""
-    if device.type == "cuda":
-        return f"{processes}{device} ({torch.cuda.get_device_name(device)})"
-    n_threads = torch.get_num_threads()
-    return processes + (f"{n_threads} CPU thread{'s' * (n_threads != 1)}" if device.type == "cpu" else str(device))
 
 
 def _check(config: TrainConfig) -> None:

@@ -1,0 +1,41 @@
+"""Which device trains, and what it can do. Knows no model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dinosearch.errors import UsageError
+from dinosearch.pretrain.distributed import Team
+
+
+def choose_device(wanted: str) -> torch.device:
+    """auto → the GPU if there is one, else the CPU. Raises UsageError for a device that is not there."""
+    mps = torch.backends.mps.is_available()
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UsageError(f"no device {wanted!r}: choose auto, cpu, cuda, cuda:N or mps") from None
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not {"cpu": True, "mps": mps, "cuda": (device.index or 0) < n_cuda}.get(device.type, False):
+        raise UsageError(f"this machine has no {wanted}: leave --device out, or choose cpu")
+    return device
+
+
+def describe_machine(device: torch.device, team: Team) -> str:
+    """What decides about the last bits of a result, for people."""
+    processes = f"{team.size} processes with " if team.size > 1 else ""
+    if device.type == "cuda":
+        return f"{processes}{device} ({torch.cuda.get_device_name(device)})"
+    n_threads = torch.get_num_threads()
+    return processes + (f"{n_threads} CPU thread{'s' * (n_threads != 1)}" if device.type == "cpu" else str(device))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """The device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cpu":
+        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent from older torch
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
