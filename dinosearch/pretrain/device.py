@@ -1,5 +1,7 @@
 """Which device trains, and what it can do. Knows no model."""
 
+import ctypes
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +33,19 @@ def describe_machine(device: torch.device, team: Team) -> str:
         return f"{processes}{device} ({torch.cuda.get_device_name(device)})"
     n_threads = torch.get_num_threads()
     return processes + (f"{n_threads} CPU thread{'s' * (n_threads != 1)}" if device.type == "cpu" else str(device))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step has freed for the next, instead of handing it back to the system page by page.
+
+    Steps allocate tensors of the same sizes again and again, and fresh pages have to be cleared each time. Does nothing
+    beside other C libraries.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # malloc.h
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """DINO, self-distillation with no labels: head, loss and teacher update of arXiv 2104.14294, and nothing else."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,14 +72,8 @@ class DINOLoss(nn.Module):
 
         student: logits [n_crops, batch, out_dim], the two global crops first. teacher: logits [2, batch, out_dim].
         """
-        logits = student.float() / self.student_temperature
         targets = self.assignments(teacher, teacher_temperature=teacher_temperature)  # [2, batch, out_dim]
-        # −Σ_k t_k log softmax(s)_k = logsumexp(s) − Σ_k t_k s_k, because the t_k sum to one: no [n_crops, batch,
-        # out_dim] log-softmax is ever stored.
-        agreement = torch.einsum("qbk,vbk->qvb", targets, logits)  # [2, n_crops, batch]
-        cross_entropy = (torch.logsumexp(logits, dim=-1)[None] - agreement).mean(dim=-1)  # [2, n_crops]
-        different = ~torch.eye(2, len(student), dtype=torch.bool, device=student.device)
-        loss = (cross_entropy * different).sum() / different.sum()
+        loss = _CrossEntropy.apply(student, targets, self.student_temperature)
         self.update_center(teacher)
         return loss
 
@@ -93,6 +88,35 @@ class DINOLoss(nn.Module):
         if self.across is not None:
             mean = self.across(mean)
         self.center.lerp_(mean, 1.0 - self.center_momentum)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean over pairs of different crops, and its gradient in the same pass, one crop at a time: what is done to a
+    crop's logits stays in a processor's cache, and nothing as large as all of them is kept for the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """student: logits [n_crops, batch, out_dim]. targets: probabilities [2, batch, out_dim]."""
+        n_crops, batch, _ = student.shape
+        share = 1.0 / (batch * (2 * n_crops - 2))  # of one image in one pair
+        of_both = targets.sum(dim=0)
+        gradient = torch.empty_like(student)
+        loss = targets.new_zeros(())
+        for crop, logits in enumerate(student):
+            # a global crop is compared with the other one, a local crop with both
+            target, n_teachers = (targets[1 - crop], 1) if crop < 2 else (of_both, 2)
+            log_p = torch.log_softmax(logits.float() / temperature, dim=-1)  # [batch, out_dim]
+            loss -= torch.dot(target.flatten(), log_p.flatten()) * share
+            # d(−Σ t log p) / d logits = (n_teachers · p − Σ t) / temperature
+            gradient[crop] = log_p.exp_().mul_(n_teachers).sub_(target).mul_(share / temperature)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *of_loss: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * of_loss[0], None, None
 
 
 @torch.no_grad()

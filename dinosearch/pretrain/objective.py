@@ -222,7 +222,7 @@ def _of_crops(teacher_features: Tensor, teacher_logits: Tensor, features: Tensor
         "teacher_features": teacher_features.float(),
         "teacher_logits": teacher_logits.float().unflatten(0, (2, batch)),
         "features": features.float(),
-        "logits": logits.float().unflatten(0, (-1, batch)),
+        "logits": logits.unflatten(0, (-1, batch)),
     }
 
 

@@ -24,7 +24,7 @@ from dinosearch.pretrain.bank import ImageBank, Survey, survey_images
 from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import PATTERN, last_checkpoint
 from dinosearch.pretrain.course import Course, Evaluate, Progress, TrainReport, report_on
-from dinosearch.pretrain.device import choose_device, describe_machine
+from dinosearch.pretrain.device import choose_device, describe_machine, keep_freed_memory
 from dinosearch.pretrain.distill import Mentor, crop_size, find_mentor
 from dinosearch.pretrain.distributed import Team, teamwork
 from dinosearch.pretrain.gather import TrainingImage, decode_pool, gather_images, images_digest
@@ -116,6 +116,8 @@ def train(
     _check(config)
     device = choose_device(config.device)
     torch.set_num_threads(min(torch.get_num_threads(), n_cores()))  # a container's quota, not the host's cores
+    if device.type == "cpu":
+        keep_freed_memory()
     with teamwork(device.type) as team, decode_pool() as pool:
         items = _train(config, device, team, pool, note=note if team.leads else quiet, stop=stop, began=began)
         yield from (item for item in items if team.leads)
