@@ -47,6 +47,18 @@ def test_gradient_is_that_of_the_definition() -> None:
     torch.testing.assert_close(student.grad, twin.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_bfloat16_logits_lose_what_their_float32_copy_loses() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(4, 3, 11, generator=generator).bfloat16()
+    teacher = torch.randn(2, 3, 11, generator=generator)
+    halves, floats = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    losses = [DINOLoss(11)(student, teacher, teacher_temperature=0.04) for student in (halves, floats)]
+    for loss in losses:
+        (3 * loss).backward()
+    assert losses[0].item() == losses[1].item()
+    torch.testing.assert_close(halves.grad.float(), floats.grad, rtol=1e-2, atol=1e-6)
+
+
 def test_no_gradient_reaches_the_teacher() -> None:
     teacher = torch.randn(2, 3, 7, requires_grad=True)
     DINOLoss(7)(torch.randn(2, 3, 7, requires_grad=True), teacher, teacher_temperature=0.04).backward()

@@ -1,5 +1,6 @@
 """What a rehearsal foresees is what a run takes, and the ways to take less change no result."""
 
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -97,6 +98,22 @@ def test_other_errors_stay_what_they_are() -> None:
         raise RuntimeError("shapes differ")
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
+def test_what_a_step_frees_stays_for_the_next() -> None:
+    script = """
+import numpy as np
+from dinosearch.pretrain.device import keep_freed_memory
+from dinosearch.pretrain.memory import resident_bytes
+np.ones(2**23)  # 64 MiB, freed at once
+before = resident_bytes()
+keep_freed_memory()
+np.ones(2**23)
+print(resident_bytes() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 0.9 * 2**26
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("side", "dim", "depth", "batch", "out_dim"),
@@ -120,11 +137,13 @@ def test_the_forecast_is_within_a_quarter_of_what_a_run_takes(
 MEASURE = """
 import resource, sys, numpy as np, torch
 from safetensors.torch import save
+from dinosearch.pretrain.device import keep_freed_memory
 from dinosearch.pretrain.memory import forecast, resident_bytes
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.run import Run
 from dinosearch.pretrain.views import ViewSettings
 torch.set_num_threads(1)
+keep_freed_memory()  # as train does
 side, dim, depth, batch, out_dim = map(int, sys.argv[1:])
 views = ViewSettings(global_size=side, local_size=side // 2, n_local=4)
 sizes = {"img_size": side, "patch_size": side // 4, "embed_dim": dim, "depth": depth, "num_heads": dim // 64}

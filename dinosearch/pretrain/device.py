@@ -1,4 +1,4 @@
-"""Which device trains, and what it can do. Knows no model."""
+"""Which device trains, what it can do, and how its memory is kept. Knows no model."""
 
 import ctypes
 import sys

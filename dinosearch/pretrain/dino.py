@@ -91,8 +91,10 @@ class DINOLoss(nn.Module):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Mean over pairs of different crops, and its gradient in the same pass, one crop at a time: what is done to a
-    crop's logits stays in a processor's cache, and nothing as large as all of them is kept for the way back.
+    """Mean over pairs of different crops, and its gradient in the same pass.
+
+    One crop at a time, so that the float32 copies on the way are a crop's and stay in a processor's cache; kept for the
+    way back is the gradient alone, as large as the logits and of their type.
     """
 
     @staticmethod
