@@ -1,7 +1,7 @@
 """What moves the student's weights: AdamW for everything, or Muon for the matrices inside. Knows no loss.
 
 Muon (Jordan, 2024; arXiv 2502.16982) makes every step of a matrix equally long in all directions, by orthogonalising
-its momentum. Short runs gain from it: it is the library's, and so is AdamW.
+its momentum. Short runs gain from it.
 """
 
 from collections.abc import Mapping
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinosearch.pretrain.device import has_bf16
+from dinosearch.pretrain.muon import Muon
 from dinosearch.pretrain.net import Net, layer_of
 from dinosearch.pretrain.recipe import Recipe
 
 
 class Optimizer:
-    """AdamW, and with `recipe.optimizer` "muon" a second one for the matrices of blocks and heads."""
+    """AdamW, and with `recipe.optimizer` "muon" a second one for the matrices of the blocks."""
 
     def __init__(self, student: Net, recipe: Recipe, *, device: torch.device) -> None:
         muon = recipe.optimizer == "muon"
@@ -26,8 +28,7 @@ class Optimizer:
         ]
         if muon:
             inner = [group for group in groups if group["inner"]]
-            # its updates are scaled to the size of AdamW's, so that one learning rate serves both (arXiv 2502.16982)
-            self._all.append(torch.optim.Muon(inner, lr=0.0, adjust_lr_fn="match_rms_adamw"))
+            self._all.append(Muon(inner, lr=0.0, dtype=torch.bfloat16 if has_bf16(device) else torch.float32))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -42,7 +43,7 @@ class Optimizer:
         """muon_lr: Muon's rate as a multiple of `lr`; weight decay takes as much in a step of either."""
         for optimizer in self._all:
             for group in optimizer.param_groups:
-                faster = muon_lr if isinstance(optimizer, torch.optim.Muon) else 1.0
+                faster = muon_lr if isinstance(optimizer, Muon) else 1.0
                 group["lr"] = lr * faster * group["lr_multiplier"]
                 group["weight_decay"] = weight_decay / faster if group["decays"] else 0.0
 
@@ -73,7 +74,8 @@ class Optimizer:
 
 def parameter_groups(student: Net, recipe: Recipe) -> list[dict[str, Any]]:
     """What is trained, grouped by weight decay (matrices only), by layer-wise learning rate, of which `lr_multiplier`
-    is the share (DINOv2's param_groups.py), and by `inner`: matrices between tokens and prototypes, which Muon suits.
+    is the share (DINOv2's param_groups.py), and by `inner`: the blocks' matrices, which Muon suits. The head's are few
+    but large: they would double its time, and the vectors were no better for it.
     """
     n_blocks = len(student.backbone.blocks)
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
@@ -82,7 +84,7 @@ def parameter_groups(student: Net, recipe: Recipe) -> list[dict[str, Any]]:
             multiplier = recipe.layer_decay ** (n_blocks + 1 - layer_of(name, n_blocks=n_blocks))
             if "patch_embed" in name:
                 multiplier *= recipe.patch_embed_lr
-            inner = parameter.ndim == 2 and name.endswith(".weight") and (".blocks." in name or ".mlp." in name)
+            inner = parameter.ndim == 2 and name.endswith(".weight") and ".blocks." in name
             groups.setdefault((parameter.ndim > 1, multiplier, inner), []).append(parameter)
     return [
         {"params": parameters, "decays": decays, "lr_multiplier": multiplier, "inner": inner}
