@@ -232,7 +232,7 @@ class TestQuery:
         assert [list(row) for row in rows] == [["query", "error"], ["query", "matches"], ["query", "error"]]
         told = dinosearch("query", "gone.jpg", cwd=indexed, check=3)
         assert told.stdout == ""
-        assert "gone.jpg: " in told.stderr
+        assert "gone.jpg: No such file or directory. Check the path" in told.stderr
 
     def test_no_index_is_exit_4(self, indexed, tmp_path):
         shutil.copy(indexed / "cat.jpg", tmp_path)

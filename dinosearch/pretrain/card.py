@@ -53,7 +53,7 @@ def card(model: ModelFolder, *, curves: bool) -> str:
             {
                 "architecture": f"timm `{model.arch}`, {_short(model.arch_kwargs)}",
                 "input": f"{size}, {model.fit}, {model.interpolation}",
-                "vector": f"{model.dim} numbers, pooling `{model.pooling}`",
+                "vector": f"{model.dim} numbers, pooling `{model.pooling}`{_stripes(model)}",
                 "fingerprint": f"`{model.fingerprint}`",
                 "created": model.created,
             }
@@ -94,10 +94,27 @@ def _use(model: ModelFolder) -> str:
             f"    vit = timm.create_model({model.arch!r}, num_classes=0, global_pool={model.pooling!r}{arguments},",
             f"                            checkpoint_path='models/{model.name}/weights.safetensors').eval()",
             "",
+            *_pooling(model),
             f"which takes float32 [n, 3, {model.image_size}, {model.image_size}], (x / 255 − mean) / std, with mean "
             f"{_short(model.mean)} and std {_short(model.std)}.",
         ]
     )
+
+
+def _stripes(model: ModelFolder) -> str:
+    return f" in each of {model.stripes} horizontal stripes" if model.stripes > 1 else ""
+
+
+def _pooling(model: ModelFolder) -> list[str]:
+    """What timm has no word for, to go below the code that makes the model."""
+    if model.stripes == 1:
+        return []
+    return [
+        "    patches = vit.forward_features(pixels)[:, vit.num_prefix_tokens:]     # row by row",
+        f"    stripes = patches.unflatten(1, ({model.stripes}, -1)).mean(dim=2)",
+        f"    vectors = vit.fc_norm(stripes).flatten(1)                             # [n, {model.dim}]",
+        "",
+    ]
 
 
 def _failed(trained: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.short_attention import ShortAttention, can_shorten
 from dinosearch.vit.folder import create_vit
+from dinosearch.vit.stripes import whole_mean
 
 FUSED_ATTENTION_TOKENS = 64
 """On a CPU, plain matrix products beat torch's fused attention on shorter sequences; its backward is slow there."""
@@ -36,12 +37,13 @@ class Net(nn.Module):
     def encode(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images [n, 3, size, size] → features [n, dim], patch tokens [n, n_patches, dim].
 
+        Features are of the whole image, also where the backbone's vectors have stripes: local crops have no such.
         masks: bool [n, rows, columns], patches to hide; a method that does so has a head called `mask_token`.
         """
         self._masks = masks
         tokens = self.backbone.forward_features(images)
         self._masks = None
-        return self.backbone.forward_head(tokens), tokens[:, self.backbone.num_prefix_tokens :]
+        return whole_mean(self.backbone, tokens), tokens[:, self.backbone.num_prefix_tokens :]
 
     def _hide(self, _module: nn.Module, _inputs: Any, patches: Tensor) -> Tensor:
         return patches if self._masks is None else self.mask_token(patches, self._masks)

@@ -97,6 +97,8 @@ class Recipe:
     """Distillation: weight of following the teacher's features, beside its neighbours, which weigh 1."""
     pooling: str = "token"
     """What becomes the vector: "token" (class token) or "avg" (mean of the patch tokens)."""
+    stripes: int = 1
+    """With "avg": horizontal stripes whose means become the vector, side by side; what is learnt is their mean."""
     freeze_backbone: float = 0.0
     """Share of the run in which the heads alone learn: fresh heads would first undo what good weights know."""
     koleo_weight: float = 0.3
@@ -124,6 +126,7 @@ class Recipe:
             mean=self.views.mean,
             std=self.views.std,
             pooling=self.pooling,
+            stripes=self.stripes,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -212,9 +215,11 @@ def plan_recipe(
     if small and method == "dino":
         optimizer = decide("optimizer", "muon", "a small model learns faster with it than with adamw")
         pooling = decide("pooling", "avg", "the mean of all patches; a small model is slow to teach a class token")
+        stripes = decide("stripes", *(_stripes(image_size // patch_size) if pooling == "avg" else (1, "no mean")))
         momentum = decide("teacher_momentum", *_momentum(steps))
     else:
         optimizer, pooling, momentum = Recipe.optimizer, Recipe.pooling, Recipe.teacher_momentum
+        stripes = Recipe.stripes
     arch_kwargs: dict[str, Any] = {"img_size": image_size}
     if patch_size != native_patch:
         arch_kwargs["patch_size"] = patch_size
@@ -255,6 +260,7 @@ def plan_recipe(
         lr=lr,
         teacher_momentum=momentum,
         pooling=pooling,
+        stripes=stripes,
     )
     if not small:
         recipe = replace(recipe, head_hidden_dim=2048, head_bottleneck_dim=256, drop_path_rate=0.1)
@@ -265,6 +271,8 @@ def plan_recipe(
     _check_word("--set optimizer", recipe.optimizer, OPTIMIZERS)
     if overrides.get("pooling") is not None:  # a start may pool in yet another way
         _check_word("--set pooling", recipe.pooling, POOLINGS)
+    if recipe.stripes != 1:
+        _check_stripes(recipe)
     return recipe, choices.reasons
 
 
@@ -371,6 +379,11 @@ def _patch_size(image_size: int) -> tuple[int, str]:
     return patch, f"{n}×{n} of them in a square"
 
 
+def _stripes(n_rows: int) -> tuple[int, str]:
+    """Four, or the next fewer that cut the rows into equal parts."""
+    return max(n for n in (1, 2, 3, 4) if n_rows % n == 0), "the vector keeps what is above what; 1: pictures turned"
+
+
 def _local_size(image_size: int, patch_size: int) -> int:
     return max(1, round(image_size * 3 / 7 / patch_size)) * patch_size
 
@@ -379,6 +392,18 @@ def _check_grid(option: str, size: int, patch_size: int) -> None:
     if size < patch_size or size % patch_size:
         nearest = max(1, round(size / patch_size)) * patch_size
         raise UsageError(f"{size} px cannot be cut into patches of {patch_size} px. Try {option} {nearest}")
+
+
+def _check_stripes(recipe: Recipe) -> None:
+    n_rows = recipe.image_size // recipe.patch_size
+    fitting = [n for n in range(1, n_rows + 1) if n_rows % n == 0]
+    if recipe.stripes not in fitting:
+        raise UsageError(
+            f"{n_rows} rows of patches cannot be cut into {recipe.stripes} stripes. "
+            f"Try --set stripes={min(fitting, key=lambda n: abs(n - recipe.stripes))}"
+        )
+    if recipe.pooling != "avg":
+        raise UsageError(f"stripes do not go with pooling {recipe.pooling}. Add --set pooling=avg, or leave them out")
 
 
 def _check_word(option: str, word: str, known: tuple[str, ...]) -> None:

@@ -230,4 +230,18 @@ def image_vectors(encoder: Encoder, paths: Sequence[str]) -> tuple[np.ndarray, d
     vectors = np.zeros((len(paths), encoder.dim), np.float32)
     if readable:
         vectors[list(readable)] = encoder.encode(np.stack(list(readable.values())))
-    return vectors, {n: picture.reason for n, picture in enumerate(pictures) if isinstance(picture, BadImage)}
+    return vectors, {n: _advised(picture) for n, picture in enumerate(pictures) if isinstance(picture, BadImage)}
+
+
+_ADVICE = {
+    "unreadable": "Check the path, and that it is an image which may be read",
+    "truncated": "Copy or download it again",
+    "corrupt": "Try a file that opens in an image viewer",
+    "too-large": "Scale it down first",
+    "unsupported": "Save it as PNG or JPEG first",
+}
+
+
+def _advised(bad: BadImage) -> str:
+    """Why an image has no vector, and what to do about it."""
+    return f"{bad.reason}. {_ADVICE[bad.status]}"

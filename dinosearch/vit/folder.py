@@ -22,7 +22,8 @@ from dinosearch.errors import DinosearchError, ModelMismatch, ModelNotFound, Usa
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+FORMAT = 2
+"""2 may have stripes, which 1 knows nothing of."""
 LARGEST_DEFAULT_SIZE = 256
 """Released weights made for larger squares (518 for DINOv2) are used at about 224 px unless told otherwise."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -59,6 +60,8 @@ class ModelFacts:
     """Divides what is left, per channel."""
     pooling: str = "token"
     """What becomes the vector: "token" (class token) or "avg" (mean of the patch tokens); timm's global_pool."""
+    stripes: int = 1
+    """With "avg": horizontal stripes whose means are laid side by side, top to bottom; they keep what is above what."""
 
     @property
     def channels(self) -> int:
@@ -136,6 +139,8 @@ class ModelFolder(ModelFacts):
 def create_vit(facts: ModelFacts, *, drop_path_rate: float = 0.0) -> "torch.nn.Module":
     """A randomly initialised timm backbone without a classifier: [n, 3, S, S] → [n, dim].
 
+    With stripes it is timm's but for two layers without weights, which pool: see `Stripes`.
+
     Raises DinosearchError when timm does not know the architecture or cannot build it so.
     """
     import timm
@@ -160,11 +165,15 @@ def create_vit(facts: ModelFacts, *, drop_path_rate: float = 0.0) -> "torch.nn.M
         ) from error
     if not (hasattr(vit, "blocks") and hasattr(vit, "patch_embed")):
         raise DinosearchError(f"{facts.arch} is not a vision transformer. Choose one of timm's vit_* architectures")
+    if facts.stripes > 1:
+        from dinosearch.vit.stripes import pool_by_stripes
+
+        pool_by_stripes(vit, facts.stripes)
     return vit
 
 
 def n_features(vit: "torch.nn.Module") -> int:
-    """Length of a timm backbone's vectors."""
+    """Width of a timm backbone's tokens, in which its vectors come: once, or once for each stripe."""
     width: Any = vit.num_features
     return int(width)
 
@@ -186,8 +195,8 @@ def save_model(
     write_whole(path / "weights.safetensors", weights)
     fingerprint = fingerprint_of(path / "weights.safetensors", facts)
     facts_json = asdict(facts) | {
-        "format": FORMAT,
-        "dim": n_features(vit),
+        "format": FORMAT if facts.stripes > 1 else 1,
+        "dim": n_features(vit) * facts.stripes,
         "fingerprint": fingerprint,
         "created": created,
         "trained": dict(trained),
@@ -257,7 +266,10 @@ def fingerprint_of(weights_path: Path, facts: ModelFacts) -> str:
             tensor = np.ascontiguousarray(tensors.get_tensor(name))
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
             digest.update(tensor.data)
-    digest.update(json.dumps(asdict(facts), sort_keys=True).encode())
+    known = asdict(facts)
+    if facts.stripes == 1:
+        del known["stripes"]  # models are older than the word
+    digest.update(json.dumps(known, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
