@@ -129,6 +129,21 @@ def test_the_code_of_the_card_loads_the_model(tmp_path: Path, monkeypatch: pytes
     assert torch.equal(names["vit"](images), model.load_vit()(images))
 
 
+def test_the_code_of_the_card_gives_vectors_by_stripes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    small = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    facts = ModelFacts("vit_tiny_patch16_224", small, 16, pooling="avg", stripes=2)
+    trained = a_model(tmp_path / "cats").trained
+    model = save_model(tmp_path / "models/cats", create_vit(facts), facts, trained=trained)
+    told = card(model, curves=False)
+    assert "64 numbers, pooling `avg` in each of 2 horizontal stripes" in told
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"timm": timm, "pixels": torch.randn(3, 3, 16, 16)}
+    exec(textwrap.dedent(told.partition("import timm\n")[2].partition("where pixels is")[0]), names)
+    torch.testing.assert_close(names["vectors"], model.load_vit()(names["pixels"]), rtol=1e-5, atol=1e-6)
+
+
 def test_a_wild_excursion_does_not_flatten_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     lines = [line(1, lr=0.1), line(20, lr=1e6), {"alarm": ALARMED | {"step": 20, "back_to_step": 0}}]

@@ -50,11 +50,12 @@ def test_timm_loads_the_weights_by_itself(tmp_path):
     assert torch.equal(vit.eval()(images), open_model(tmp_path / "m").load_vit()(images))
 
 
+@pytest.mark.parametrize("pooling", [{}, {"pooling": "avg", "stripes": 2}], ids=["token", "stripes"])
 @pytest.mark.parametrize(("form", "ending"), [("onnx", "onnx"), ("openvino", "xml")])
-def test_a_graph_gives_the_vectors_of_the_model_for_any_number_of_images(tmp_path, form, ending):
+def test_a_graph_gives_the_vectors_of_the_model_for_any_number_of_images(tmp_path, form, ending, pooling):
     if form == "onnx":
         pytest.importorskip("onnx")
-    model = saved(tmp_path / "m", reg_tokens=2)
+    model = saved(tmp_path / "m", replace(FACTS, **pooling), reg_tokens=2)
     written = export_model(model, form=form, out=tmp_path / "out" / "tiny", note=quiet)
     assert written.cosine > 0.99999
     assert written.max_difference < 1e-4

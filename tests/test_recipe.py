@@ -1,6 +1,7 @@
 """What the recipe chooses for which images, and what it refuses."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -134,6 +135,28 @@ def test_small_models_average_their_patches_and_named_ones_keep_the_papers_ways(
     assert (small.pooling, small.optimizer, small.arch_kwargs["class_token"]) == ("avg", "muon", False)
     assert (named.pooling, named.optimizer) == ("token", "adamw")
     assert "class_token" not in named.arch_kwargs
+
+
+def test_small_models_pool_by_as_many_stripes_as_cut_the_rows_equally() -> None:
+    assert planned(28, 28).stripes == 4
+    assert planned(128, 128).stripes == 4
+    assert planned(28, 28, image_size=24, patch_size=4, local_size=12).stripes == 3
+    assert planned(28, 28, pooling="token").stripes == 1
+    assert planned(28, 28, stripes=2).model_facts().stripes == 2
+    assert planned(28, 28, arch="vit_tiny_patch16_224", image_size=32, patch_size=8).stripes == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"stripes": 3}, "4 rows of patches cannot be cut into 3 stripes. Try --set stripes=2"),
+        ({"stripes": 0}, "Try --set stripes=1"),
+        ({"stripes": 2, "pooling": "token"}, "Add --set pooling=avg"),
+    ],
+)
+def test_stripes_that_do_not_fit_are_refused(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        planned(28, 28, **wrong)
 
 
 def test_tiny_images_get_gentler_crops() -> None:

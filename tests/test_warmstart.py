@@ -1,5 +1,6 @@
 """Runs that start from weights: what they take over, leave behind, refuse, and how they go on."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,16 @@ def test_the_start_decides_architecture_and_preprocessing(images: Path, models: 
     run(images, models, start="cats", steps=0, name="other", overrides={"lr": 0.5, "layer_decay": 1.0})
     other = open_model(models / "other").trained["recipe"]
     assert (other["lr"], other["layer_decay"], other["freeze_backbone"]) == (0.5, 1.0, 0.1)
+
+
+def test_stripes_come_along_as_far_as_they_cut_the_rows(images: Path, models: Path) -> None:
+    striped = replace(FACTS, stripes=4)
+    save_model(models / "cats", create_vit(striped), striped, trained={"method": "dino"})
+    for settings, stripes in (({}, 4), ({"image_size": 24}, 2), ({"stripes": 1}, 1)):
+        run(images, models, start="cats", steps=0, overrides=settings, name=f"by-{stripes}")
+        made = open_model(models / f"by-{stripes}")
+        assert (made.stripes, made.dim) == (stripes, 64 * stripes)
+        assert made.load_vit()(torch.zeros(2, 3, made.image_size, made.image_size)).shape == (2, made.dim)
 
 
 def test_positions_are_resized_to_the_size_that_is_trained(images: Path, models: Path) -> None:

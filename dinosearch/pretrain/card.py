@@ -83,6 +83,7 @@ def card(model: ModelFolder, *, curves: bool) -> str:
 def _use(model: ModelFolder) -> str:
     """Code blocks, run from the folder that holds models/."""
     arguments = "".join(f", {name}={value!r}" for name, value in model.arch_kwargs.items())
+    takes = "which takes" if model.stripes == 1 else "where pixels is"
     return "\n".join(
         [
             f"    dinosearch index IMAGES --model {model.name}",
@@ -95,7 +96,7 @@ def _use(model: ModelFolder) -> str:
             f"                            checkpoint_path='models/{model.name}/weights.safetensors').eval()",
             "",
             *_pooling(model),
-            f"which takes float32 [n, 3, {model.image_size}, {model.image_size}], (x / 255 − mean) / std, with mean "
+            f"{takes} float32 [n, 3, {model.image_size}, {model.image_size}], (x / 255 − mean) / std, with mean "
             f"{_short(model.mean)} and std {_short(model.std)}.",
         ]
     )

@@ -54,7 +54,7 @@ def read_released(path: Path, *, image_size: int | None) -> "tuple[torch.nn.Modu
     state = _backbone(_read(path), path)
     facts = _facts_beside(path) or _facts(_Layout.of(state, path), path)
     patch = state[_PATCHES].shape[-1]
-    facts = _at_size(facts, _image_size(image_size, facts.image_size, patch))
+    facts = _at_size(facts, _image_size(image_size, facts.image_size, patch), patch)
     vit = create_vit(facts)
     try:
         vit.load_state_dict(_converted(state, vit, path))
@@ -360,8 +360,11 @@ def _image_size(wanted: int | None, native: int, patch: int) -> int:
     return wanted
 
 
-def _at_size(facts: ModelFacts, image_size: int) -> ModelFacts:
-    return replace(facts, image_size=image_size, arch_kwargs=facts.arch_kwargs | {"img_size": image_size})
+def _at_size(facts: ModelFacts, image_size: int, patch: int) -> ModelFacts:
+    """With as many stripes as cut the rows of patches equally there, too."""
+    stripes = math.gcd(facts.stripes, image_size // patch)
+    kwargs = facts.arch_kwargs | {"img_size": image_size}
+    return replace(facts, image_size=image_size, arch_kwargs=kwargs, stripes=stripes)
 
 
 def _converted(state: "dict[str, torch.Tensor]", vit: "torch.nn.Module", path: Path) -> "dict[str, torch.Tensor]":
