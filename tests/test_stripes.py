@@ -45,6 +45,17 @@ def test_a_vector_is_the_normalised_means_of_the_rows_from_top_to_bottom(n_strip
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_other_builds_of_a_vit_take_them() -> None:
+    """DINOv3's, which timm has as another class."""
+    facts = ModelFacts("vit_small_patch16_dinov3", {"depth": 1, "img_size": 64}, 64, pooling="avg", stripes=2)
+    vit = random_vit(facts)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        patches = vit.forward_features(images)[:, vit.num_prefix_tokens :]
+        expected = vit.fc_norm(patches.reshape(2, 2, 8, -1).mean(dim=2)).flatten(1)
+        torch.testing.assert_close(vit(images), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_learnt_is_the_mean_of_crops_of_any_size() -> None:
     flexible = replace(FACTS, arch_kwargs=FACTS.arch_kwargs | {"dynamic_img_size": True})
     striped, plain = random_vit(flexible), random_vit(replace(flexible, stripes=1))

@@ -12,14 +12,15 @@ from dinosearch.errors import UsageError
 
 
 class Stripes(nn.Module):
-    """Patch tokens [n, n_patches, dim], row by row → the mean of each stripe, top to bottom, [n, n_stripes, dim]."""
+    """Tokens [n, n_tokens, dim], patches last and row by row → the mean of each stripe, [n, n_stripes, dim]."""
 
-    def __init__(self, n_stripes: int) -> None:
+    def __init__(self, n_stripes: int, n_patches: int) -> None:
         super().__init__()
         self.n_stripes = n_stripes
+        self.n_patches = n_patches
 
-    def forward(self, patches: Tensor) -> Tensor:
-        return patches.unflatten(1, (self.n_stripes, -1)).mean(dim=2)
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, -self.n_patches :].unflatten(1, (self.n_stripes, -1)).mean(dim=2)
 
 
 def pool_by_stripes(vit: nn.Module, n_stripes: int) -> None:
@@ -33,18 +34,18 @@ def pool_by_stripes(vit: nn.Module, n_stripes: int) -> None:
         raise UsageError(
             f"{n_rows} rows of patches cannot be cut into {n_stripes} stripes: choose a divisor of {n_rows}"
         )
-    if timm_vit.global_pool != "avg" or timm_vit.attn_pool is not None:
+    if timm_vit.global_pool != "avg" or getattr(timm_vit, "attn_pool", "none") is not None:
         raise UsageError(
             f"stripes are of average pooling, not {timm_vit.global_pool!r}: choose 1 stripe or pooling avg"
         )
-    timm_vit.attn_pool = Stripes(n_stripes)  # in place of timm's mean; its norm follows
+    timm_vit.attn_pool = Stripes(n_stripes, timm_vit.patch_embed.num_patches)  # in place of timm's mean; its norm follows
     timm_vit.head = nn.Flatten(1)
 
 
 def whole_mean(vit: nn.Module, tokens: Tensor) -> Tensor:
     """What timm makes of a backbone's tokens without stripes: [n, n_tokens, dim] → [n, dim], for any size of image."""
     timm_vit: Any = vit
-    if isinstance(timm_vit.attn_pool, Stripes):
+    if isinstance(getattr(timm_vit, "attn_pool", None), Stripes):
         pooled: Tensor = timm_vit.fc_norm(tokens[:, timm_vit.num_prefix_tokens :].mean(dim=1))
     else:
         pooled = timm_vit.forward_head(tokens)
