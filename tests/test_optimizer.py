@@ -7,6 +7,7 @@ import pytest
 import recipes
 import torch
 
+from dinosearch.errors import DinosearchError
 from dinosearch.pretrain.run import Run
 
 CPU = torch.device("cpu")
@@ -61,3 +62,10 @@ def test_a_run_put_back_takes_the_same_steps_again(optimizer: str) -> None:
         again.put_back(kept)
         learn(again, 1)
         assert all(torch.equal(expected[name], tensor) for name, tensor in again.state().items())
+
+
+def test_the_state_of_an_optimizer_that_divides_otherwise_is_refused() -> None:
+    run = Run(TINY, seed=0, device=CPU)
+    learn(run, 0)
+    with pytest.raises(DinosearchError, match="--overwrite"):
+        Run(replace(TINY, optimizer="adamw"), seed=0, device=CPU).put_back(run.state())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinosearch.errors import DinosearchError
 from dinosearch.pretrain.device import has_bf16
 from dinosearch.pretrain.muon import Muon
 from dinosearch.pretrain.net import Net, layer_of
@@ -61,15 +62,27 @@ class Optimizer:
         }
 
     def put_back(self, state: Mapping[str, Tensor]) -> None:
-        """Become what `state` gave; the tensors are copied."""
+        """Become what `state` gave; the tensors are copied. Raises DinosearchError for another's, as of an old version."""
         for number, optimizer in enumerate(self._all):
             states: dict[int, dict[str, Tensor]] = {}
             for name, tensor in state.items():
                 of, index, key = name.split(".", 2)
                 if int(of) == number:
                     states.setdefault(int(index), {})[key] = tensor.clone()  # load_state_dict would keep the tensor
+            _check_shapes(states, optimizer)
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _check_shapes(states: Mapping[int, Mapping[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, state in states.items():
+        shapes = {tensor.shape for tensor in state.values() if tensor.ndim}
+        if index >= len(parameters) or not shapes <= {parameters[index].shape}:
+            raise DinosearchError(
+                "the checkpoint is of a dinosearch that divides weights among optimizers in another way. "
+                "Go on with the version that began the run, or start over with --overwrite"
+            )
 
 
 def parameter_groups(student: Net, recipe: Recipe) -> list[dict[str, Any]]:

@@ -38,7 +38,8 @@ def pool_by_stripes(vit: nn.Module, n_stripes: int) -> None:
         raise UsageError(
             f"stripes are of average pooling, not {timm_vit.global_pool!r}: choose 1 stripe or pooling avg"
         )
-    timm_vit.attn_pool = Stripes(n_stripes, timm_vit.patch_embed.num_patches)  # in place of timm's mean; its norm follows
+    # in place of timm's mean; its norm follows
+    timm_vit.attn_pool = Stripes(n_stripes, timm_vit.patch_embed.num_patches)
     timm_vit.head = nn.Flatten(1)
 
 
