@@ -62,7 +62,7 @@ class Optimizer:
         }
 
     def put_back(self, state: Mapping[str, Tensor]) -> None:
-        """Become what `state` gave; the tensors are copied. Raises DinosearchError for another's, as of an old version."""
+        """Become what `state` gave, copied. Raises DinosearchError for another optimizer's, as of an old version."""
         for number, optimizer in enumerate(self._all):
             states: dict[int, dict[str, Tensor]] = {}
             for name, tensor in state.items():
