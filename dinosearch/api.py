@@ -185,7 +185,7 @@ class Index:
         vectors, bad = image_vectors(self._open_encoder(), paths)
         if bad:
             number, reason = next(iter(bad.items()))
-            raise DinosearchError(f"{paths[number]}: {reason}. Ask with an image that can be read")
+            raise DinosearchError(f"{paths[number]}: {reason}")
         return vectors
 
     def vectors(self) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Vectors by horizontal stripes against their definition, and what timm and other models make of them."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from dinosearch.errors import UsageError
 from dinosearch.pretrain.net import Net
-from dinosearch.vit.folder import ModelFacts, create_vit, save_model
+from dinosearch.vit.folder import ModelFacts, create_vit, open_model, save_model
 
 FACTS = ModelFacts(
     arch="vit_tiny_patch16_224",
@@ -72,6 +73,7 @@ def test_a_folder_keeps_them(tmp_path: Path) -> None:
     vit = random_vit(FACTS)
     model = save_model(tmp_path / "m", vit, FACTS, trained={})
     assert (model.dim, model.stripes) == (128, 4)
+    assert json.loads((model.path / "model.json").read_text())["format"] == 2  # older versions would leave them out
     images = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
         assert torch.equal(model.load_vit()(images), vit(images))
@@ -85,6 +87,12 @@ def test_models_from_before_keep_their_fingerprint(tmp_path: Path) -> None:
     for parameter in vit.parameters():
         parameter.data.fill_(0.5)
     model = save_model(tmp_path / "m", vit, facts, trained={})
+    told = json.loads((model.path / "model.json").read_text())
+    del told["stripes"]
+    (model.path / "model.json").write_text(json.dumps(told))
+    again = open_model(model.path)
+    again.verify()
+    assert again.stripes == 1
     assert model.fingerprint == "179eed08bfd39630"  # as the code before stripes wrote it
 
 

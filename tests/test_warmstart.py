@@ -100,6 +100,26 @@ def test_stripes_come_along_as_far_as_they_cut_the_rows(images: Path, models: Pa
         assert made.load_vit()(torch.zeros(2, 3, made.image_size, made.image_size)).shape == (2, made.dim)
 
 
+def test_a_start_is_compared_and_exported_with_the_stripes_of_the_run(
+    images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    striped = replace(FACTS, stripes=4)
+    save_model(models / "cats", create_vit(striped), striped, trained={"method": "dino"})
+    lengths = []
+
+    def measure(backbone: Any, *_: Any, **__: Any) -> Quality:
+        with torch.inference_mode():
+            lengths.append(backbone(torch.zeros(1, 3, 16, 16)).shape[1])
+        return Quality(recall_at_1=0.5, rank=2.0)  # as good as before: the start is exported
+
+    monkeypatch.setattr(course, "measure_quality", measure)
+    run(images, models, start="cats", steps=2, overrides={"stripes": 1}, name="plain")
+    plain = open_model(models / "plain")
+    assert set(lengths) == {64}
+    assert (plain.dim, plain.trained["start"]["exported"]) == (64, True)
+    assert all(torch.equal(tensor, weights(plain.path)[name]) for name, tensor in weights(models / "cats").items())
+
+
 def test_positions_are_resized_to_the_size_that_is_trained(images: Path, models: Path) -> None:
     run(images, models, start="cats", steps=0, overrides={"image_size": 24}, name="large")
     large = open_model(models / "large")

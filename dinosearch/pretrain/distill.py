@@ -3,9 +3,10 @@
 The head of a released teacher is not released, so its assignments cannot be learnt; its features can. Two terms:
 
 - neighbours: within a batch, the student's cosine similarities, as a softmax over the other images, follow the
-  mentor's. It acts on the exported vectors themselves and needs no projection, so what it shapes is the very order
-  in which a search will rank images (CompRess, arXiv 2010.14713; the batch is the set of anchors, so that a
-  resumed run has no queue to restore). A softmax ignores what all similarities share, as the mentor's common mean.
+  mentor's. It acts on the exported vectors themselves (on their mean, if the student has stripes) and needs no
+  projection, so what it shapes is the very order in which a search will rank images (CompRess, arXiv 2010.14713; the
+  batch is the set of anchors, so that a resumed run has no queue to restore). A softmax ignores what all similarities
+  share, as the mentor's common mean.
 - features: a linear projection of the student's class token and patch tokens follows the mentor's tokens, whitened
   by a layer norm without parameters, under a smooth L1 loss (arXiv 2205.14141, section 3.2). It is dense, and gives
   the patch tokens their meaning.
@@ -19,6 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from dinosearch.pretrain.objective import Forwarded, Objective, Terms
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.views import ViewSettings
 from dinosearch.vit.folder import ModelFacts, ModelFolder, find_by_fingerprint, n_features
+from dinosearch.vit.stripes import whole_mean
 
 BETA = 2.0
 """Where smooth L1 turns from square to line (arXiv 2205.14141)."""
@@ -56,7 +59,7 @@ class Distillation(Objective):
         super().__init__()
         self.recipe = recipe
         # a function and no module, so that `state_dict` passes it by
-        self._mentor: Callable[[Tensor], tuple[Tensor, Tensor]] = Net(mentor.vit, {}).encode
+        self._mentor = _seeing(mentor.vit)
         self._mentor_facts = mentor.facts
         self._mentor_dim = n_features(mentor.vit)
 
@@ -71,7 +74,7 @@ class Distillation(Objective):
     def forward_crops(self, student: Net, teacher: Net, *views: Tensor) -> Forwarded:  # noqa: ARG002 - the average waits
         crops = views[0].flatten(0, 1)
         with torch.no_grad():
-            wanted, wanted_patches = self._mentor(as_seen_by(self._mentor_facts, crops, self.recipe))
+            vectors, wanted, wanted_patches = self._mentor(as_seen_by(self._mentor_facts, crops, self.recipe))
         features, patches = student.encode(resized(crops, self.recipe.image_size))
         n_batch = views[0].shape[1]
         return {
@@ -80,6 +83,7 @@ class Distillation(Objective):
             "features": features.float(),
             "projected": student.head(features).float(),
             "projected_patches": student.patch_head(patches).float(),
+            "wanted_vectors": vectors.float(),
             "wanted": wanted.float(),
             "wanted_patches": on_grid(wanted_patches.float(), math.isqrt(patches.shape[1])),
         }
@@ -87,7 +91,7 @@ class Distillation(Objective):
     def terms(self, forwarded: Forwarded, *, done: float) -> Terms:
         temperature = self.teacher_temperature(done)
         parts = {
-            "neighbours": neighbour_loss(forwarded["features"], forwarded["wanted"], temperature=temperature),
+            "neighbours": neighbour_loss(forwarded["features"], forwarded["wanted_vectors"], temperature=temperature),
             "class": feature_loss(forwarded["projected"], forwarded["wanted"]),
             "patch": feature_loss(forwarded["projected_patches"], forwarded["wanted_patches"]),
         }
@@ -101,6 +105,16 @@ class Distillation(Objective):
     @property
     def center(self) -> Tensor:
         return torch.zeros(1)
+
+
+def _seeing(vit: Any) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Images → the mentor's vectors, the same without stripes [n, dim], patch tokens [n, n_patches, dim]."""
+
+    def see(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = vit.forward_features(images)
+        return vit.forward_head(tokens), whole_mean(vit, tokens), tokens[:, vit.num_prefix_tokens :]
+
+    return see
 
 
 def neighbour_loss(features: Tensor, wanted: Tensor, *, temperature: float) -> Tensor:

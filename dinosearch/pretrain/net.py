@@ -37,7 +37,8 @@ class Net(nn.Module):
     def encode(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Images [n, 3, size, size] → features [n, dim], patch tokens [n, n_patches, dim].
 
-        Features are of the whole image, also where the backbone's vectors have stripes: local crops have no such.
+        Features are of the whole crop, also where the backbone's vectors have stripes: what a local crop shows lies
+        in no stripe of the image.
         masks: bool [n, rows, columns], patches to hide; a method that does so has a head called `mask_token`.
         """
         self._masks = masks

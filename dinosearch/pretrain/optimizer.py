@@ -23,6 +23,7 @@ class Optimizer:
     def __init__(self, student: Net, recipe: Recipe, *, device: torch.device) -> None:
         muon = recipe.optimizer == "muon"
         groups = parameter_groups(student, recipe)
+        self._names = {parameter: name for name, parameter in student.named_parameters()}
         fused = device.type in ("cpu", "cuda")
         self._all: list[torch.optim.Optimizer] = [
             torch.optim.AdamW([group for group in groups if not (muon and group["inner"])], lr=0.0, fused=fused)
@@ -55,34 +56,33 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Every tensor they keep, by name; not copied."""
         return {
-            f"{number}.{index}.{name}": tensor
+            f"{number}.{self._names[parameter]}.{key}": tensor
             for number, optimizer in enumerate(self._all)
-            for index, state in optimizer.state_dict()["state"].items()
-            for name, tensor in state.items()
+            for parameter, state in optimizer.state.items()
+            for key, tensor in state.items()
         }
 
     def put_back(self, state: Mapping[str, Tensor]) -> None:
-        """Become what `state` gave, copied. Raises DinosearchError for another optimizer's, as of an old version."""
-        for number, optimizer in enumerate(self._all):
-            states: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in state.items():
-                of, index, key = name.split(".", 2)
-                if int(of) == number:
-                    states.setdefault(int(index), {})[key] = tensor.clone()  # load_state_dict would keep the tensor
-            _check_shapes(states, optimizer)
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": states, "param_groups": groups})
+        """Become what `state` gave; the tensors are copied. Raises DinosearchError for what is not theirs."""
+        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self._all]
+        indices = [self._indices(optimizer) for optimizer in self._all]
+        for name, tensor in state.items():
+            number, rest = name.split(".", 1)
+            parameter, key = rest.rsplit(".", 1)
+            if int(number) >= len(self._all) or parameter not in indices[int(number)]:
+                raise DinosearchError(
+                    "the checkpoint is of another version of dinosearch. Go on with that one, or start over with "
+                    "--overwrite"
+                )
+            index = indices[int(number)][parameter]
+            states[int(number)].setdefault(index, {})[key] = tensor.clone()  # load_state_dict would keep the tensor
+        for optimizer, own in zip(self._all, states, strict=True):
+            optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
 
-
-def _check_shapes(states: Mapping[int, Mapping[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, state in states.items():
-        shapes = {tensor.shape for tensor in state.values() if tensor.ndim}
-        if index >= len(parameters) or not shapes <= {parameters[index].shape}:
-            raise DinosearchError(
-                "the checkpoint is of a dinosearch that divides weights among optimizers in another way. "
-                "Go on with the version that began the run, or start over with --overwrite"
-            )
+    def _indices(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        """The number that torch gives each parameter, by its name."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return {self._names[parameter]: index for index, parameter in enumerate(parameters)}
 
 
 def parameter_groups(student: Net, recipe: Recipe) -> list[dict[str, Any]]:

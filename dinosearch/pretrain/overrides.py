@@ -19,7 +19,7 @@ RENAMED = {"n_local": "local_crops"}
 FOLLOWS_IMAGE_SIZE = "global_size"
 """The one setting that another decides."""
 LIMITS = {
-    **dict.fromkeys(("patch_size", "image_size", "local_size", "channels", "accumulate"), (1, math.inf)),
+    **dict.fromkeys(("patch_size", "image_size", "local_size", "channels", "accumulate", "stripes"), (1, math.inf)),
     **dict.fromkeys(("batch_size", "out_dim", "head_hidden_dim", "head_bottleneck_dim"), (2, math.inf)),
     **dict.fromkeys(("flip", "grayscale", "blur", "solarize", "jitter"), (0, 1)),
     **dict.fromkeys(

@@ -381,7 +381,9 @@ def _patch_size(image_size: int) -> tuple[int, str]:
 
 def _stripes(n_rows: int) -> tuple[int, str]:
     """Four, or the next fewer that cut the rows into equal parts."""
-    return max(n for n in (1, 2, 3, 4) if n_rows % n == 0), "the vector keeps what is above what; 1: pictures turned"
+    most = max(n for n in (1, 2, 3, 4) if n_rows % n == 0)
+    why = "keep what is above what; take 1 for pictures without a right way up"
+    return most, why if most > 1 else f"{n_rows} rows of patches cannot be cut equally"
 
 
 def _local_size(image_size: int, patch_size: int) -> int:
@@ -403,7 +405,7 @@ def _check_stripes(recipe: Recipe) -> None:
             f"Try --set stripes={min(fitting, key=lambda n: abs(n - recipe.stripes))}"
         )
     if recipe.pooling != "avg":
-        raise UsageError(f"stripes do not go with pooling {recipe.pooling}. Add --set pooling=avg, or leave them out")
+        raise UsageError(f"stripes are of average pooling, not {recipe.pooling}: leave --set stripes out")
 
 
 def _check_word(option: str, word: str, known: tuple[str, ...]) -> None:

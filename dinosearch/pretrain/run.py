@@ -20,7 +20,7 @@ from dinosearch.pretrain.optimizer import Optimizer
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.schedules import cosine
 from dinosearch.pretrain.views import BatchGenerator, multi_crop
-from dinosearch.vit.folder import ModelFacts, ModelFolder, n_features, save_model
+from dinosearch.vit.folder import ModelFacts, ModelFolder, create_vit, n_features, save_model
 
 
 @dataclass
@@ -60,7 +60,6 @@ class Run:
         self.recipe = recipe
         self.seed = seed
         self.device = device
-        self.start = start
         self.mentor = mentor
         self.team = team
         self.objective = (Distillation(recipe, mentor.to(device)) if mentor else make_objective(recipe)).to(device)
@@ -70,6 +69,7 @@ class Run:
         if start is not None:
             self.student.backbone.load_state_dict(start.state_dict())
         self.teacher.load_state_dict(self.student.state_dict())
+        self.start = self._as_exported(start)
         self.optimizer = Optimizer(self.student, recipe, device=device)
         self._last_layers = [m for m in self.student.modules() if isinstance(m, WeightNormLinear)]
         self._forward = self._forward_crops
@@ -152,6 +152,15 @@ class Run:
     @property
     def facts(self) -> ModelFacts:
         return self.recipe.model_facts()
+
+    def _as_exported(self, start: nn.Module | None) -> nn.Module | None:
+        """The start as what is trained will be: with as many stripes, which a recipe may change."""
+        if start is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            backbone = create_vit(self.facts)
+        backbone.load_state_dict(start.state_dict())
+        return backbone.requires_grad_(False).eval()
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"student": self.student, "teacher": self.teacher, "objective": self.objective}

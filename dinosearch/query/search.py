@@ -234,14 +234,14 @@ def image_vectors(encoder: Encoder, paths: Sequence[str]) -> tuple[np.ndarray, d
 
 
 _ADVICE = {
-    "unreadable": "Check the path, and that it is an image which may be read",
+    "unreadable": "Check the path, and that it can be read",
     "truncated": "Copy or download it again",
     "corrupt": "Try a file that opens in an image viewer",
     "too-large": "Scale it down first",
-    "unsupported": "Save it as PNG or JPEG first",
 }
 
 
 def _advised(bad: BadImage) -> str:
-    """Why an image has no vector, and what to do about it."""
-    return f"{bad.reason}. {_ADVICE[bad.status]}"
+    """Why an image has no vector, and what to do about it, which reasons of what is unsupported say themselves."""
+    advice = _ADVICE.get(bad.status)
+    return f"{bad.reason}. {advice}" if advice else bad.reason

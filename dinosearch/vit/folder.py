@@ -173,7 +173,7 @@ def create_vit(facts: ModelFacts, *, drop_path_rate: float = 0.0) -> "torch.nn.M
 
 
 def n_features(vit: "torch.nn.Module") -> int:
-    """Width of a timm backbone's tokens, in which its vectors come: once, or once for each stripe."""
+    """Width of a timm backbone's tokens; a vector with stripes is so many times as long."""
     width: Any = vit.num_features
     return int(width)
 

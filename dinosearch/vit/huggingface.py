@@ -70,7 +70,7 @@ def _check_expressible(model: ModelFolder, vit: Any) -> None:
     if problem:
         raise DinosearchError(
             f"{model.name} ({model.arch}) cannot be written for transformers: {problem}. "
-            "Export it --to onnx or openvino, or load it with timm"
+            "Export it --to onnx or openvino, or load it as its model card shows"
         )
 
 

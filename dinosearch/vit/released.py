@@ -361,7 +361,7 @@ def _image_size(wanted: int | None, native: int, patch: int) -> int:
 
 
 def _at_size(facts: ModelFacts, image_size: int, patch: int) -> ModelFacts:
-    """With as many stripes as cut the rows of patches equally there, too."""
+    """With the greatest common divisor of stripes and rows of patches as stripes: so they can be cut."""
     stripes = math.gcd(facts.stripes, image_size // patch)
     kwargs = facts.arch_kwargs | {"img_size": image_size}
     return replace(facts, image_size=image_size, arch_kwargs=kwargs, stripes=stripes)

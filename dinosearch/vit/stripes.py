@@ -34,7 +34,9 @@ def pool_by_stripes(vit: nn.Module, n_stripes: int) -> None:
         raise UsageError(
             f"{n_rows} rows of patches cannot be cut into {n_stripes} stripes: choose a divisor of {n_rows}"
         )
-    if timm_vit.global_pool != "avg" or getattr(timm_vit, "attn_pool", "none") is not None:
+    if not hasattr(timm_vit, "attn_pool"):
+        raise UsageError(f"timm's {type(vit).__name__} cannot pool by stripes: choose 1 stripe")
+    if timm_vit.global_pool != "avg" or timm_vit.attn_pool is not None:
         raise UsageError(
             f"stripes are of average pooling, not {timm_vit.global_pool!r}: choose 1 stripe or pooling avg"
         )
