@@ -23,7 +23,7 @@ class Optimizer:
     def __init__(self, student: Net, recipe: Recipe, *, device: torch.device) -> None:
         muon = recipe.optimizer == "muon"
         groups = parameter_groups(student, recipe)
-        self._names = {parameter: name for name, parameter in student.named_parameters()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in student.named_parameters()}
         fused = device.type in ("cpu", "cuda")
         self._all: list[torch.optim.Optimizer] = [
             torch.optim.AdamW([group for group in groups if not (muon and group["inner"])], lr=0.0, fused=fused)
