@@ -1,8 +1,8 @@
 """Two ways to die in the middle of work, for test_crash.py.
 
-crash_worker.py TESTS_FOLDER run IMAGES INDEX: index a folder with a slow encoder, until killed from outside.
+crash_worker.py run IMAGES INDEX: index a folder with a slow encoder, until killed from outside.
 
-crash_worker.py TESTS_FOLDER SCENE IMAGES FOLDER: do SCENE on a copy of FOLDER/before, and be killed by SIGKILL before
+crash_worker.py SCENE IMAGES FOLDER: do SCENE on a copy of FOLDER/before, and be killed by SIGKILL before
 its first step, then on another copy before its second one, and so on until it comes to its end. A step is what changes
 something on the disk: a commit, a checkpoint, a file made, filled, named or removed. The copies stay as FOLDER/1 and so
 on, what killed them as FOLDER/1.txt, and the last line printed is their number.
@@ -15,7 +15,7 @@ import sqlite3
 import sys
 from pathlib import Path
 
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, str(Path(__file__).parent))
 
 from indexing import ProjectingEncoder, a_model, last
 
@@ -123,9 +123,9 @@ def die_at_every_step(scene, images, folder):
 
 if __name__ == "__main__":
     embed.SAVE_FILES = 16
-    images, folder = Path(sys.argv[3]), Path(sys.argv[4])
-    if sys.argv[2] == "run":
+    images, folder = Path(sys.argv[2]), Path(sys.argv[3])
+    if sys.argv[1] == "run":
         print("ready", flush=True)
         sync(images, folder, seconds=0.01)
     else:
-        die_at_every_step(sys.argv[2], images, folder)
+        die_at_every_step(sys.argv[1], images, folder)

@@ -76,7 +76,7 @@ def assert_tidy(index):
 
 def run(images, index, *, seconds=None):
     """Index in a process of its own, killed after so many seconds of work; how long it worked."""
-    arguments = [HERE / "crash_worker.py", HERE, "run", images, index]
+    arguments = [HERE / "crash_worker.py", "run", images, index]
     with subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, cwd=HERE.parent) as process:
         process.stdout.readline()
         began = time.monotonic()
@@ -146,7 +146,7 @@ def test_killed_before_any_step_it_answers_and_comes_to_the_same_end(scene, few,
     SCENES[scene](few, folder / "calm")
     end = contents(folder / "calm" / "index")
     start = None if scene in ("create", "merge") else contents_of_copy(folder)
-    arguments = [HERE / "crash_worker.py", HERE, scene, few, folder]
+    arguments = [HERE / "crash_worker.py", scene, few, folder]
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=HERE.parent
     )
@@ -194,7 +194,7 @@ def test_killed_while_embedding_anew_the_old_model_answers(few, tmp_path, monkey
     monkeypatch.setattr(embed, "SAVE_FILES", 16)
     before("switch", few, tmp_path / "scene")
     index = tmp_path / "scene" / "index"
-    arguments = [HERE / "crash_worker.py", HERE, "switch", few, tmp_path / "all"]
+    arguments = [HERE / "crash_worker.py", "switch", few, tmp_path / "all"]
     (tmp_path / "all").mkdir()
     shutil.copytree(tmp_path / "scene", tmp_path / "all" / "before")
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=True)

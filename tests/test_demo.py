@@ -139,4 +139,11 @@ def test_the_whole_demo_on_two_plain_classes(tmp_path: Path) -> None:
         assert scores == sorted(scores, reverse=True)
         assert shown.path not in [match.path for match, _ in shown.matches]
         assert all(label == shown.label for _, label in shown.matches[:3])
-    run_demo(demo, data=data, minutes=0.05, note=quiet, progress=quiet)  # and again over itself
+
+
+@pytest.mark.slow
+def test_a_demo_is_made_again_over_itself(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "given", per_class=40)
+    for _ in range(2):
+        report = run_demo(tmp_path / "demo", data=data, minutes=0.05, note=quiet, progress=quiet)
+        assert json.loads((tmp_path / "demo/report.json").read_text()) == report.facts()

@@ -139,6 +139,7 @@ def test_what_the_start_decides_cannot_be_chosen_beside_it(images: Path, models:
         run(images, models, start="cats", steps=1, overrides={name: value})
 
 
+@pytest.mark.slow
 def test_a_run_from_weights_resumes_without_them_to_the_same_bits(images: Path, tmp_path: Path) -> None:
     models, file = tmp_path / "models", released(tmp_path)
     whole = run(images, models, start=str(file), steps=8, name="whole")
@@ -176,6 +177,7 @@ def test_few_images_start_from_imported_weights_unless_told_otherwise(models: Pa
     assert not said
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_from_a_larger_one_and_resumes_to_the_same_bits(images: Path, models: Path) -> None:
     cats = open_model(models / "cats")
     settings: dict[str, Any] = {
