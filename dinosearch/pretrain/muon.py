@@ -25,8 +25,8 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+    def step(self, closure: Any = None) -> Any:
+        """Move every parameter that has a gradient. closure: not supported; torch's signature has it."""
         assert closure is None
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
