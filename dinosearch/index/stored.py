@@ -36,6 +36,8 @@ class Near:
     """int64 [n_queries, k or more], -1 for none."""
     scores: np.ndarray | None = None
     """Cosines float64 of the same shape, as exact as products in float32 are; None where nobody computed them yet."""
+    gaps: bool = True
+    """Whether some positions may be -1."""
 
 
 class Stored(Protocol):
@@ -149,20 +151,21 @@ class TunedStored(ABC):
         """Positions int64 [n_queries, n] by the codes alone, nearest first; -1 where fewer were found."""
         return self._found(queries, n, effort)[0]
 
-    def _found(self, queries: np.ndarray, n: int, effort: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions as `candidates`, and products float32 by the codes."""
+    def _found(self, queries: np.ndarray, n: int, effort: int) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Positions as `candidates`, products float32 by the codes, and whether some positions are -1."""
         products, ids = self.index.search(queries, n, params=self._parameters(effort))
-        return self._positions(ids), products
-
-    def _positions(self, ids: np.ndarray) -> np.ndarray:
-        """Where ids [n_queries, n] are, -1 for none, which come last in each row."""
-        first = self.ids[0]
-        # Without gaps, as most indexes are, there is nothing to look up: that waits for the memory a few times.
-        dense = self.ids[-1] - first == len(self.ids) - 1
-        positions = ids - first if dense else np.searchsorted(self.ids, ids)
-        if ids[:, -1].min(initial=0) < 0:
+        first = self._first_of_dense
+        positions = np.searchsorted(self.ids, ids) if first is None else ids - first
+        gaps = bool((ids[:, -1] < 0).any())  # what was not found comes last
+        if gaps:
             positions[ids < 0] = -1
-        return positions
+        return positions, products, gaps
+
+    @functools.cached_property
+    def _first_of_dense(self) -> np.int64 | None:
+        """The first of ids without gaps, as most are: then there is nothing to look up, which waits for the memory."""
+        first, last = self.ids[0], self.ids[-1]
+        return first if last - first == len(self.ids) - 1 else None
 
     @abstractmethod
     def _search_some(self, queries: np.ndarray, n_candidates: int, k: int) -> Near:
@@ -190,11 +193,11 @@ class GraphStored(TunedStored):
         return [16, 18, 20, 22, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768]
 
     def _search_some(self, queries: np.ndarray, n_candidates: int, _: int) -> Near:
-        positions, products = self._found(queries, n_candidates, self.effort)
+        positions, products, gaps = self._found(queries, n_candidates, self.effort)
         scores = np.divide(products, self.norms[positions], dtype=np.float64)
-        if positions[:, -1].min(initial=0) < 0:
+        if gaps:
             scores[positions < 0] = -np.inf
-        return Near(positions, scores)
+        return Near(positions, scores, gaps)
 
     def _parameters(self, effort: int) -> faiss.SearchParameters:
         return _walk(effort)

@@ -54,7 +54,7 @@ class Vectors:
             # Beside newer vectors that equal them, stored ones must not differ by float32 rounding.
             scores = _scores(queries, near.positions, stored.rows) if near.scores is None or n_newer else near.scores
             ids = stored.ids[near.positions]
-            if near.positions.min(initial=0) < 0:
+            if near.gaps:
                 ids[near.positions < 0] = -1
             parts.append((ids, scores))
         if n_newer:
@@ -64,6 +64,8 @@ class Vectors:
             parts[0] if len(parts) == 1 else (np.concatenate(same, axis=1) for same in zip(*parts, strict=True))
         )
         best = np.lexsort((ids, -scores))[:, :k]
+        if len(queries) == 1:  # the same without a grid of rows: a walk of a graph is not much longer than such a thing
+            return Candidates(ids[:, best[0]], scores[:, best[0]])
         rows = np.arange(len(queries))[:, None]
         return Candidates(ids[rows, best], scores[rows, best])
 

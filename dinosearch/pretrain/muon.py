@@ -30,28 +30,42 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                smooth = state["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
-                update = orthogonalise(parameter.grad.lerp(smooth, momentum), dtype=self.dtype)  # Nesterov's
-                parameter.mul_(1.0 - lr * group["weight_decay"])
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameters in _alike(moving):
+                gradients = [parameter.grad for parameter in parameters]
+                smooth = [self._momentum_of(parameter) for parameter in parameters]
+                torch._foreach_lerp_(smooth, gradients, 1.0 - momentum)
+                nesterov = torch._foreach_lerp(gradients, smooth, momentum)
+                updates = orthogonalise(torch.stack(nesterov), dtype=self.dtype)
+                torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
                 # an orthogonal matrix has entries of 1/√(longer side); AdamW's steps are of about 0.2
-                parameter.add_(update, alpha=-0.2 * lr * math.sqrt(max(parameter.shape)))
+                step = -0.2 * lr * math.sqrt(max(parameters[0].shape))
+                torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype).unbind()), alpha=step)
+
+    def _momentum_of(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
 
-def orthogonalise(matrix: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """[rows, columns] → U · S · Vᵀ with S near 1, by five Newton-Schulz iterations; U and V are the matrix's own."""
+def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Those of one shape together: a product of small matrices takes less time than its call does."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        by_shape.setdefault(parameter.shape, []).append(parameter)
+    return list(by_shape.values())
+
+
+def orthogonalise(matrices: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """[n, rows, columns] → U · S · Vᵀ of each with S near 1, by five Newton-Schulz iterations; U and V are its own."""
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    made = matrix.to(dtype)
+    tall = matrices.shape[1] > matrices.shape[2]
+    made = matrices.to(dtype)
     if tall:
-        made = made.T
-    made = made / made.norm().clamp(min=1e-7)
+        made = made.mT
+    made = made / made.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = made @ made.T
-        made = torch.addmm(made, torch.addmm(gram, gram, gram, beta=b, alpha=c), made, beta=a)
-    return made.T if tall else made
+        gram = made @ made.mT
+        made = torch.baddbmm(made, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), made, beta=a)
+    return made.mT if tall else made

@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dinosearch.pretrain.patch_projection import PatchProjection, can_project
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.short_attention import ShortAttention, can_shorten
 from dinosearch.vit.folder import create_vit
@@ -101,6 +102,8 @@ def create_backbone(recipe: Recipe, *, drop_path_rate: float, device: torch.devi
             block.drop_path1, block.drop_path2 = DropPath(drop_path_rate), DropPath(drop_path_rate)
     if recipe.accumulate > 1 or recipe.checkpoint_activations:
         backbone.blocks = FrugalBlocks(backbone.blocks, parts=recipe.accumulate, each=recipe.checkpoint_activations)
+    if device.type == "cpu" and can_project(getattr(backbone.patch_embed, "proj", None)):
+        backbone.patch_embed.proj = PatchProjection(backbone.patch_embed.proj)
     n_tokens = (recipe.image_size // recipe.patch_size) ** 2
     if device.type == "cpu" and n_tokens <= FUSED_ATTENTION_TOKENS:
         holders: list[Any] = [m for m in backbone.modules() if hasattr(getattr(m, "attn", None), "fused_attn")]
