@@ -114,6 +114,34 @@ print(resident_bytes() - before)
     assert int(done.stdout) > 0.9 * 2**26
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text() or platform.libc_ver()[0] != "glibc",
+    reason="the system keeps none",
+)
+def test_the_heap_comes_to_lie_in_huge_pages() -> None:
+    script = """
+import torch
+from pathlib import Path
+from dinosearch.pretrain.device import keep_freed_memory, use_huge_pages
+def huge():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:")) << 10
+keep_freed_memory()
+kept = torch.arange(2**24)  # 128 MiB
+torch.ones(2**24)
+before = huge()
+use_huge_pages()
+torch.ones(2**24)
+assert torch.equal(kept, torch.arange(2**24))
+print(huge() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 0.4 * 2**28
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("side", "dim", "depth", "batch", "out_dim"),

@@ -19,6 +19,7 @@ from dinosearch.pretrain.alarm import Alarm
 from dinosearch.pretrain.bank import ImageBank, batch_indices
 from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import Checkpoint, save_checkpoint
+from dinosearch.pretrain.device import use_huge_pages
 from dinosearch.pretrain.guard import Guard
 from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.logs import Log
@@ -170,6 +171,8 @@ class Course:
             self._losses.append(outcome.loss)
             step += 1
             n_made += 1
+            if n_made == UNTIMED_STEPS and self.run.device.type == "cpu":
+                use_huge_pages()
             now = time.monotonic()
             n_timed = n_made - UNTIMED_STEPS
             if n_timed <= 0:
