@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--arch", default="vit_small_patch16_224", help="timm's name of the architecture")
     parser.add_argument("--image-size", type=int, default=224, help="side of the square in pixels")
     parser.add_argument("--device", default="auto", help="of model and index")
+    parser.add_argument("--precision", default="auto", help="of model and index; int8 is calibrated by the photographs")
     parser.add_argument("--images", type=int, help="use so many images of the folder; all without")
     parser.add_argument("--script-images", type=int, default=128, help="of them for the script, which is slow")
     parser.add_argument("--rounds", type=int, default=2)
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--index-only", type=Path, help=argparse.SUPPRESS)  # MODEL: the process that is measured
     options = parser.parse_args()
     if options.index_only:
-        print(json.dumps(index_once(options.folder, options.index_only, options.device)))
+        print(json.dumps(index_once(options.folder, options.index_only, options)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = some_of(options.folder, options.images, Path(temporary))
@@ -66,18 +68,38 @@ def measure(folder: Path, temporary: Path, options: argparse.Namespace) -> dict[
     from dinosearch.encoder import open_encoder
 
     model = random_model(temporary, options.arch, options.image_size)
-    encoder = open_encoder(model, device=options.device)
     paths = [str(folder / found.path) for found in find_images(folder).images]
+    plain = open_encoder(model, device=options.device)
+    encoder = plain
+    if options.precision != "auto":
+        sample = partial(decoded, paths, plain)
+        encoder = open_encoder(model, device=options.device, precision=options.precision, sample=sample)
+        print(f"mean cosine to {plain.engine}: {agreement(plain, encoder, sample(64)):.4f}", flush=True)
     rates: dict[str, list[float]] = {"script": [], "model": [], "decode": [], "index": [], "MB": []}
     for _ in range(options.rounds):
         if not options.without_script:
             rates["script"].append(script(model, paths[: options.script_images]))
         rates["decode"].append(decode_only(paths, encoder))
         rates["model"].append(model_only(encoder, len(paths)))
-        rate, megabytes = index_in_a_process(folder, model.path, options.device)
+        rate, megabytes = index_in_a_process(folder, model.path, options)
         rates["index"].append(rate)
         rates["MB"].append(megabytes)
     return rates
+
+
+def decoded(paths: list[str], encoder, n: int) -> np.ndarray:
+    """uint8 [n, side, side, 3]"""
+    with DecodePool(encoder.fit, workers=1, max_pixels=pixel_budget(1)) as pool:
+        found = []
+        for path in paths[:n]:
+            with pool.read(path) as file:
+                found.append(file.decode().pixels)
+        return np.stack(found)
+
+
+def agreement(one, other, pixels: np.ndarray) -> float:
+    """Mean cosine of two encoders' vectors."""
+    return float((one.encode(pixels) * other.encode(pixels)).sum(axis=1).mean())
 
 
 def random_model(temporary: Path, arch: str, image_size: int):
@@ -143,9 +165,10 @@ def model_only(encoder, n: int) -> float:
     return done / (time.perf_counter() - began)
 
 
-def index_in_a_process(folder: Path, model: Path, device: str) -> tuple[float, float]:
+def index_in_a_process(folder: Path, model: Path, options: argparse.Namespace) -> tuple[float, float]:
     """Images/s and the peak of the memory in MB, of a process that does nothing else."""
-    command = [sys.executable, __file__, str(folder), "--device", device, "--index-only", str(model)]
+    command = [sys.executable, __file__, str(folder), "--device", options.device, "--precision", options.precision]
+    command += ["--index-only", str(model)]
     peak = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         ended = threading.Event()
@@ -181,7 +204,7 @@ def _children_of(task: Path) -> list[int]:
     return [int(word) for word in (task / "children").read_text().split()]
 
 
-def index_once(folder: Path, model_path: Path, device: str) -> float:
+def index_once(folder: Path, model_path: Path, options: argparse.Namespace) -> float:
     from dinosearch.encoder import open_encoder
     from dinosearch.index.sync import sync_index
     from dinosearch.vit.folder import open_model
@@ -192,7 +215,14 @@ def index_once(folder: Path, model_path: Path, device: str) -> float:
             [folder],
             index_path=Path(temporary) / "index",
             model=model,
-            encoder_for=lambda plan: open_encoder(model, device=device, planned_images=plan.images),
+            encoder_for=lambda plan: open_encoder(
+                model,
+                device=options.device,
+                planned_images=plan.images,
+                precision=plan.precision,
+                sample=plan.sample,
+            ),
+            precision=options.precision,
         )
         *_, last = progress
     assert last.summary.failed == 0
