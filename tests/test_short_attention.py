@@ -1,4 +1,4 @@
-"""Attention over few tokens: the numbers and names of timm's, in another layout."""
+"""Attention over few tokens: the numbers and names of timm's, in another layout; and crops of several sizes packed."""
 
 import copy
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from timm.layers import Attention
 
+from dinosearch.pretrain.net import Net, can_pack, create_backbone
+from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.short_attention import ShortAttention, can_shorten
 
 
@@ -41,3 +43,38 @@ def test_attention_with_more_in_it_stays_timms() -> None:
     assert not can_shorten(Attention(16, num_heads=2, qk_norm=True, norm_layer=torch.nn.LayerNorm))
     assert not can_shorten(Attention(16, num_heads=2, attn_drop=0.1))
     assert not can_shorten(Attention(16, num_heads=2, gated=True))
+
+
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+def test_packed_sizes_give_the_features_and_gradients_of_each_by_itself(pooling: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 0.5}
+    recipe = Recipe("vit_tiny_patch16_224", sizes, 28, 7, pooling=pooling)
+    net = Net(create_backbone(recipe, drop_path_rate=0.0, device=torch.device("cpu")), {})
+    assert can_pack(net.backbone)
+    crops = [torch.randn(6, 3, 28, 28), torch.randn(12, 3, 14, 14)]
+    weights = torch.randn(18, 32)
+    made = []
+    for features in (net.encode_sizes(*crops), torch.cat([net.encode(images)[0] for images in crops])):
+        made.append([features, *torch.autograd.grad((features * weights).sum(), list(net.parameters()))])
+    for packed, alone in zip(*made, strict=True):
+        torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5 * max(1.0, alone.abs().max().item()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "drop_path_rate", "device"),
+    [
+        ({}, 0.1, "cpu"),
+        ({}, 0.0, "cuda"),
+        ({"accumulate": 2}, 0.0, "cpu"),
+        ({"checkpoint_activations": True}, 0.0, "cpu"),
+    ],
+)
+def test_what_cannot_be_packed_goes_size_by_size(changes: dict, drop_path_rate: float, device: str) -> None:
+    sizes = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    recipe = Recipe("vit_tiny_patch16_224", sizes, 28, 7, **changes)
+    net = Net(create_backbone(recipe, drop_path_rate=drop_path_rate, device=torch.device(device)), {}).eval()
+    assert not can_pack(net.backbone)
+    crops = [torch.randn(4, 3, 28, 28), torch.randn(4, 3, 14, 14)]
+    alone = torch.cat([net.encode(images)[0] for images in crops])
+    torch.testing.assert_close(net.encode_sizes(*crops), alone)

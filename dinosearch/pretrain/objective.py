@@ -114,8 +114,8 @@ class DINO(Objective):
         with torch.no_grad():
             teacher_features, _ = teacher.encode(global_views.flatten(0, 1))
             teacher_logits = teacher.head(teacher_features)
-        features, _ = student.encode(global_views.flatten(0, 1))
-        features = torch.cat([features, *_encode_locals(student, local_views)])
+        sizes = [views.flatten(0, 1) for views in (global_views, local_views) if len(views)]
+        features = student.encode_sizes(*sizes)
         return _of_crops(teacher_features, teacher_logits, features, student.head(features))
 
     def terms(self, forwarded: Forwarded, *, done: float) -> Terms:

@@ -1,5 +1,6 @@
 """Self-attention over few tokens, laid out as a processor likes it. Knows timm's layer, and no images."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,12 +25,22 @@ class ShortAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
         assert (attn_mask, is_causal) == (None, False), "a backbone in training sees whole crops"
-        n, n_tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(n, n_tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.reshape(3, n * self.num_heads, n_tokens, self.head_dim).unbind(0)  # copies, once
+        return self.proj(self._mix(self.qkv(x)))
+
+    def packed(self, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """Tokens [total, dim] of crops of several sizes, one after another: shapes (n, n_tokens) of each size."""
+        parts = self.qkv(x).split([n * n_tokens for n, n_tokens in shapes])
+        mixed = [self._mix(part.unflatten(0, shape)) for part, shape in zip(parts, shapes, strict=True)]
+        return self.proj(torch.cat([part.flatten(0, 1) for part in mixed]))
+
+    def _mix(self, qkv: Tensor) -> Tensor:
+        """[n, n_tokens, 3 × dim] → the heads' weighted values [n, n_tokens, dim]."""
+        n, n_tokens, _ = qkv.shape
+        heads = qkv.reshape(n, n_tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.reshape(3, n * self.num_heads, n_tokens, self.head_dim).unbind(0)  # copies, once
         weights = torch.bmm(q * self.scale, k.transpose(1, 2)).softmax(dim=-1, dtype=torch.float32)
         mixed = torch.bmm(weights.to(v.dtype), v).unflatten(0, (n, self.num_heads))
-        return self.proj(mixed.transpose(1, 2).reshape(n, n_tokens, -1))
+        return mixed.transpose(1, 2).reshape(n, n_tokens, -1)
 
 
 def can_shorten(attention: Any) -> bool:
