@@ -32,7 +32,7 @@ class Muon(torch.optim.Optimizer):
             lr, momentum = group["lr"], group["momentum"]
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameters in _alike(moving):
-                gradients = [parameter.grad for parameter in parameters]
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 smooth = [self._momentum_of(parameter) for parameter in parameters]
                 torch._foreach_lerp_(smooth, gradients, 1.0 - momentum)
                 nesterov = torch._foreach_lerp(gradients, smooth, momentum)
