@@ -95,7 +95,7 @@ def train(folder: Path, files: list[Path], pictures: list[Image.Image], *, minut
     bank = np.concatenate(list(crops([*some, *few], per_file=N_TRAINING_CROPS // len(some), side=36, seed=1)))
     bank = np.ascontiguousarray(bank.transpose(0, 3, 1, 2))  # [n, 3, 36, 36]
     survey = Survey(len(bank), 36, 36, grey=False)
-    overrides = {"image_size": 32, "patch_size": 16, "local_size": 16, "out_dim": 2048}
+    overrides = {"image_size": 32, "patch_size": 16, "local_size": 16, "out_dim": 2048, "stripes": 1}
     recipe, _ = plan_recipe(survey, accelerator=False, overrides=overrides)
     recipe = replace(recipe, arch_kwargs=recipe.arch_kwargs | {"embed_dim": 384, "depth": 2, "num_heads": 6})
     torch.set_num_threads(n_cores())
