@@ -9,7 +9,7 @@ a million embeddings of 384 numbers: docs/benchmarks.md.
 
 Protocol of the tuning: N_QUERIES stored vectors, drawn at random, are held out: neither trained on nor added. They are
 asked for, as new images would be, and their 10 nearest among the others come from brute force. On one half of them the
-settings are found that reach the target with two standard errors to spare, and of these the one that answers fastest
+settings are found that reach the target with a standard error to spare, and of these the one that answers fastest
 here. Recall and latency are then measured on the other half; if that falls short, more is asked of the first. Then
 the held-out vectors are added too. Recall counts what is found that scores no less than the true tenth: equal vectors
 are equally right.
@@ -50,7 +50,7 @@ _LEAST_KEPT = 4  # directions
 _POINTS_PER_LIST = 64  # training vectors: more made no better lists, and take longer
 _CODE_POINTS = 65536  # training vectors of the codes
 _SUPER_KMEANS = (1024, 128)  # from so many lists and numbers per vector on it is faster
-_STANDARD_ERRORS = 2  # to spare, so that other queries reach the target too
+_STANDARD_ERRORS = 1  # to spare; the other half, which has to reach the target too, is the second safeguard
 _TUNINGS = 3  # of a type, before it is given up
 _TIMED = 60  # queries of each pair
 _SHARE_OF_MEMORY = 0.25  # of the machine's, for what FAISS cannot map

@@ -190,7 +190,7 @@ class GraphStored(TunedStored):
 
     @property
     def efforts(self) -> list[int]:
-        return [16, 18, 20, 22, 24, 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768]
+        return [16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768]
 
     def _search_some(self, queries: np.ndarray, n_candidates: int, _: int) -> Near:
         positions, products, gaps = self._found(queries, n_candidates, self.effort)
