@@ -6,8 +6,10 @@ import torch
 from dinosearch.pretrain.muon import Muon, orthogonalise
 
 
-def test_steps_are_those_of_torch() -> None:
-    """Of matrices of several shapes, some of them alike, which are moved together."""
+@pytest.mark.parametrize("most", [1 << 20, 1600, 1])
+def test_steps_are_those_of_torch(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of matrices of several shapes, some of them alike, which are moved together, two at a time or each alone."""
+    monkeypatch.setattr("dinosearch.pretrain.muon._MOST_TOGETHER", most)
     shapes = [(48, 16), (16, 48), (32, 32), (16, 48), (48, 16), (48, 16)]
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=generator) for shape in shapes]

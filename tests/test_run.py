@@ -155,9 +155,12 @@ def test_the_student_drops_paths_in_every_block_alike_and_the_teacher_none() -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dino", "dinov2"])
-def test_a_compiled_step_is_the_eager_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # in float32, and gently: Adam's first steps follow the signs of gradients, and so amplify rounding
-    monkeypatch.setattr("dinosearch.pretrain.run.has_bf16", lambda _: False)
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 2e-2)])
+def test_a_compiled_step_is_the_eager_step(
+    method: str, bf16: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a small lr: Adam's first steps follow the signs of gradients, and large ones would amplify rounding
+    monkeypatch.setattr("dinosearch.pretrain.run.has_bf16", lambda _: bf16)
     gentle = replace(TINY, lr=1e-4, method=method)
     losses = []
     for compiled in (False, True):
@@ -165,4 +168,4 @@ def test_a_compiled_step_is_the_eager_step(method: str, monkeypatch: pytest.Monk
         if compiled:
             run.compile()
         losses.append([run.step(*batch(), step=i, done=i / 4).loss.item() for i in range(4)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)

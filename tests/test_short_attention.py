@@ -3,8 +3,10 @@
 import copy
 
 import pytest
+import timm
 import torch
 from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
 
 from dinosearch.pretrain.net import Net, can_pack, create_backbone
 from dinosearch.pretrain.recipe import Recipe
@@ -45,11 +47,11 @@ def test_attention_with_more_in_it_stays_timms() -> None:
     assert not can_shorten(Attention(16, num_heads=2, gated=True))
 
 
-@pytest.mark.parametrize("pooling", ["token", "avg"])
-def test_packed_sizes_give_the_features_and_gradients_of_each_by_itself(pooling: str) -> None:
+@pytest.mark.parametrize(("pooling", "stripes"), [("token", 1), ("avg", 1), ("avg", 2)])
+def test_packed_sizes_give_the_features_and_gradients_of_each_by_itself(pooling: str, stripes: int) -> None:
     torch.manual_seed(0)
     sizes = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 0.5}
-    recipe = Recipe("vit_tiny_patch16_224", sizes, 28, 7, pooling=pooling)
+    recipe = Recipe("vit_tiny_patch16_224", sizes, 28, 7, pooling=pooling, stripes=stripes)
     net = Net(create_backbone(recipe, drop_path_rate=0.0, device=torch.device("cpu")), {})
     assert can_pack(net.backbone)
     crops = [torch.randn(6, 3, 28, 28), torch.randn(12, 3, 14, 14)]
@@ -78,3 +80,18 @@ def test_what_cannot_be_packed_goes_size_by_size(changes: dict, drop_path_rate: 
     crops = [torch.randn(4, 3, 28, 28), torch.randn(4, 3, 14, 14)]
     alone = torch.cat([net.encode(images)[0] for images in crops])
     torch.testing.assert_close(net.encode_sizes(*crops), alone)
+
+
+def test_a_backbone_that_computes_otherwise_is_not_packed() -> None:
+    class Other(VisionTransformer):
+        def forward_features(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+            return super().forward_features(x, *args, **kwargs) + 1
+
+    sizes = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    recipe = Recipe("vit_tiny_patch16_224", sizes, 28, 7)
+    net = Net(create_backbone(recipe, drop_path_rate=0.0, device=torch.device("cpu")), {}).eval()
+    crops = [torch.randn(4, 3, 28, 28), torch.randn(4, 3, 14, 14)]
+    plain = net.encode_sizes(*crops)
+    net.backbone.__class__ = Other
+    torch.testing.assert_close(net.encode_sizes(*crops), plain + 1)
+    assert not can_pack(timm.create_model("vit_small_patch16_dinov3", img_size=32))

@@ -61,9 +61,13 @@ def use_huge_pages() -> None:
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith("[heap]"):
-            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+    try:
+        lines = Path("/proc/self/maps").read_bytes().splitlines()  # names of mapped files may be in any encoding
+    except OSError:
+        return
+    for line in lines:
+        if line.endswith(b"[heap]"):
+            start, end = (int(address, 16) for address in line.split()[0].split(b"-"))
             start, end = -(-start // _HUGE) * _HUGE, end // _HUGE * _HUGE
             for advice in _ADVICE:
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, end - start)), advice)

@@ -13,6 +13,8 @@ from torch import Tensor
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of an odd polynomial that, five times over, brings singular values of 0.002 to 1 near 1."""
 
+_MOST_TOGETHER = 1 << 20  # numbers: 64 of 128 × 128; larger matrices gain nothing, and several copies are held of each
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose singular values are all made about 1, for matrices; a step is as long as one of AdamW's.
@@ -30,9 +32,9 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameters in _alike(moving):
-                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            moving = [(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None]
+            for alike in _alike(moving):
+                parameters, gradients = [p for p, _ in alike], [gradient for _, gradient in alike]
                 smooth = [self._momentum_of(parameter) for parameter in parameters]
                 torch._foreach_lerp_(smooth, gradients, 1.0 - momentum)
                 nesterov = torch._foreach_lerp(gradients, smooth, momentum)
@@ -49,12 +51,20 @@ class Muon(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:
-    """Those of one shape together: a product of small matrices takes less time than its call does."""
-    by_shape: dict[torch.Size, list[Tensor]] = {}
-    for parameter in parameters:
-        by_shape.setdefault(parameter.shape, []).append(parameter)
-    return list(by_shape.values())
+def _alike(moving: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Parameters of one shape, with their gradients, together: products of small matrices take less time than calls.
+
+    No more than _MOST_TOGETHER numbers, or one parameter.
+    """
+    stacks: list[list[tuple[Tensor, Tensor]]] = []
+    open_stacks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    for parameter, gradient in moving:
+        stack = open_stacks.get(parameter.shape)
+        if stack is None or (len(stack) + 1) * parameter.numel() > _MOST_TOGETHER:
+            stack = open_stacks[parameter.shape] = []
+            stacks.append(stack)
+        stack.append((parameter, gradient))
+    return stacks
 
 
 def orthogonalise(matrices: Tensor, *, dtype: torch.dtype) -> Tensor:

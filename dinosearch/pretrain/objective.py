@@ -110,12 +110,11 @@ class DINO(Objective):
         return {"head": make_head(dim, self.recipe)}
 
     def forward_crops(self, student: Net, teacher: Net, *views: Tensor) -> Forwarded:
-        global_views, local_views = views
+        global_views, _ = views
         with torch.no_grad():
             teacher_features, _ = teacher.encode(global_views.flatten(0, 1))
             teacher_logits = teacher.head(teacher_features)
-        sizes = [views.flatten(0, 1) for views in (global_views, local_views) if len(views)]
-        features = student.encode_sizes(*sizes)
+        features = student.encode_sizes(*(crops.flatten(0, 1) for crops in views if len(crops)))
         return _of_crops(teacher_features, teacher_logits, features, student.head(features))
 
     def terms(self, forwarded: Forwarded, *, done: float) -> Terms:
@@ -182,7 +181,8 @@ class DINOv2(DINO):
             teacher_patch_logits = teacher.patch_head(patches.flatten(0, 1)[indices])
         features, patches = student.encode(global_views.flatten(0, 1), masks)
         patch_logits = student.patch_head(patches.flatten(0, 1)[indices])
-        features = torch.cat([features, *_encode_locals(student, local_views)])
+        if len(local_views):
+            features = torch.cat([features, student.encode_sizes(local_views.flatten(0, 1))])
         return _of_crops(teacher_features, teacher_logits, features, student.head(features)) | {
             "teacher_patch_logits": teacher_patch_logits.float(),
             "patch_logits": patch_logits.float(),
@@ -209,11 +209,6 @@ class DINOv2(DINO):
         super().adopt(recipe)
         self.ibot_loss.center_momentum = recipe.center_momentum
         self.ibot_loss.student_temperature = recipe.student_temperature
-
-
-def _encode_locals(student: Net, local_views: Tensor) -> list[Tensor]:
-    """Features of all local crops at once, in a list that is empty when there are none."""
-    return [student.encode(local_views.flatten(0, 1))[0]] if len(local_views) else []
 
 
 def _of_crops(teacher_features: Tensor, teacher_logits: Tensor, features: Tensor, logits: Tensor) -> Forwarded:

@@ -252,8 +252,8 @@ class BatchGenerator(torch.Generator):
 
 
 def _draw(shape: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform in 0..1, from the CPU's generator on every device. The first dimension is that of the images, or of as
-    many crops of each, one image's after another's."""
+    """Uniform in 0..1, from the CPU's generator on every device. The first dimension is that of the images, or of crops
+    in the order of their images."""
     n, *others = shape if isinstance(shape, tuple) else (shape,)
     team = generator.team if isinstance(generator, BatchGenerator) else ALONE
     return team.part(torch.rand((n * team.size, *others), generator=generator))
