@@ -17,17 +17,17 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason=f"needs Debian's {data_module.DEBIAN_PACKAGE}"),
 ]
-STEPS = 250
+STEPS = 600
 BATCH = 32
 SETTINGS: dict[str, Any] = {"batch_size": BATCH, "out_dim": 2048}
 
 
 @pytest.fixture(scope="module")
 def fashion(tmp_path_factory: pytest.TempPathFactory) -> DemoImages:
-    """2,000 images to learn from and 300 to be asked about."""
+    """2,000 images to learn from and as many to be asked about."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_module, "N_TRAIN", 2000)
-        patch.setattr(data_module, "N_TEST", 300)
+        patch.setattr(data_module, "N_TEST", 2000)
         return lay_out(tmp_path_factory.mktemp("fashion"), data=DEBIAN_FOLDER, note=lambda _: None)
 
 

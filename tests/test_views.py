@@ -64,6 +64,26 @@ def test_a_flip_mirrors_left_and_right() -> None:
     torch.testing.assert_close(mixed[1], plain[1].flip(-1))
 
 
+def test_several_crops_of_an_image_are_those_taken_one_by_one() -> None:
+    images = some_images(3)
+    box = crop_boxes(torch.ones(3 * 4), scale=(0.1, 0.6), generator=seeded(1))
+    flip = torch.rand(12, generator=seeded(2)) < 0.5
+    together = resample(images, box, flip, size=16)
+    for i in range(12):
+        alone = resample(images[i // 4 : i // 4 + 1], box[i : i + 1], flip[i : i + 1], size=16)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_local_crops_are_of_the_image_they_stand_for() -> None:
+    """Images of one tone each: every crop must have its own image's."""
+    tones = torch.tensor([10, 80, 150, 220], dtype=torch.uint8)
+    pixels = tones[:, None, None, None].expand(4, 3, 24, 24).contiguous()
+    settings = replace(STILL, global_size=16, local_size=8, n_local=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+    for views in multi_crop(pixels, torch.ones(4), settings, generator=seeded(3)):
+        expected = (tones / 255)[None, :, None, None, None].expand_as(views)
+        torch.testing.assert_close(views, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("aspect", [0.4, 1.0, 1.5])
 def test_boxes_are_distributed_as_torchvisions(aspect: float) -> None:
     n, scale = 4000, (0.2, 1.0)

@@ -194,9 +194,9 @@ class Run:
         if self.recipe.clip_grad <= 0:
             return
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        norms = torch._foreach_norm(gradients)
-        factors = [(self.recipe.clip_grad / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
-        torch._foreach_mul_(gradients, factors)
+        norms = torch.stack(torch._foreach_norm(gradients))
+        factors = (self.recipe.clip_grad / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(factors.unbind()))
 
     def _set_schedules(self, done: float) -> float:
         recipe = self.recipe

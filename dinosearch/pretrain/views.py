@@ -1,8 +1,8 @@
 """Multi-crop augmentation of a whole batch at once, on any device. Knows pixels only, no files and no model.
 
 The operations and probabilities are those of DINO (arXiv 2104.14294, appendix; main_dino.py's DataAugmentationDINO):
-random resized crop, flip, colour jitter, grayscale, blur, solarize. Every image draws its own parameters; only the
-order of the four jitter operations is drawn once per batch and view, so that nothing waits for the GPU.
+random resized crop, flip, colour jitter, grayscale, blur, solarize. Every crop draws its own parameters; only the
+order of the four jitter operations is drawn once per batch for each kind of crop, so that nothing waits for the GPU.
 A crop is two small matrix products (rows × image × columns), which is exact antialiased bicubic resampling.
 """
 
@@ -67,21 +67,31 @@ def multi_crop(
     Returns normalised float32 [2, batch, channels, global_size, global_size] and [n_local, batch, …, local_size].
     """
     images = pixels.float() / 255.0
-    views = []
-    for i in range(2 + settings.n_local):
-        kind = min(i, 2)
-        size, scale = (
-            (settings.global_size, settings.global_scale) if kind < 2 else (settings.local_size, settings.local_scale)
-        )
-        box = crop_boxes(aspect, scale=scale, generator=generator)
-        flip = _draw(len(images), generator) < settings.flip
-        view = resample(images, box, flip, size=size)
-        view = distort_colours(view, settings, generator=generator)
-        view = blur(view, settings.blur[kind], settings.blur_sigma, generator=generator)
-        view = solarize(view, settings.solarize[kind], generator=generator)
-        views.append(normalise(view, settings.mean, settings.std))
-    empty = images.new_empty(0, len(images), len(settings.mean), settings.local_size, settings.local_size)
-    return torch.stack(views[:2]), torch.stack(views[2:]) if settings.n_local else empty
+    globals_ = [_crops(images, aspect, settings, kind, n_each=1, generator=generator) for kind in (0, 1)]
+    side, n_local = settings.local_size, settings.n_local
+    if n_local == 0:
+        return torch.stack(globals_), images.new_empty(0, len(images), len(settings.mean), side, side)
+    local = _crops(images, aspect, settings, 2, n_each=n_local, generator=generator)
+    return torch.stack(globals_), local.unflatten(0, (-1, n_local)).transpose(0, 1).contiguous()
+
+
+def _crops(
+    images: Tensor, aspect: Tensor, settings: ViewSettings, kind: int, *, n_each: int, generator: torch.Generator
+) -> Tensor:
+    """n_each crops of every image, one image's after another's: normalised float32 [n × n_each, channels, size, size].
+
+    kind: 0 first global, 1 second global, 2 local.
+    """
+    local = kind == 2
+    size = settings.local_size if local else settings.global_size
+    scale = settings.local_scale if local else settings.global_scale
+    box = crop_boxes(aspect.repeat_interleave(n_each), scale=scale, generator=generator)
+    flip = _draw(len(box), generator) < settings.flip
+    crops = resample(images, box, flip, size=size)
+    crops = distort_colours(crops, settings, generator=generator)
+    crops = blur(crops, settings.blur[kind], settings.blur_sigma, generator=generator)
+    crops = solarize(crops, settings.solarize[kind], generator=generator)
+    return normalise(crops, settings.mean, settings.std)
 
 
 def crop_boxes(aspect: Tensor, *, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -109,15 +119,21 @@ def crop_boxes(aspect: Tensor, *, scale: tuple[float, float], generator: torch.G
 
 
 def resample(images: Tensor, box: Tensor, flip: Tensor, *, size: int) -> Tensor:
-    """Cut `box` [n, 4] (shares) out of images [n, c, h, w], flip where asked, resize to [n, c, size, size]."""
+    """Cut boxes [n × m, 4] (shares), m of each image, out of images [n, c, h, w], flip where asked, resize.
+
+    Returns [n × m, c, size, size].
+    """
     n, c, h, w = images.shape
+    m = len(box) // n
     box = box.to(images.device)
     columns = resampling_matrix(box[:, 0] * w, box[:, 2] * w, source=w, size=size)
     columns = torch.where(flip.to(images.device)[:, None, None], columns.flip(1), columns)
     rows = resampling_matrix(box[:, 1] * h, box[:, 3] * h, source=h, size=size)
-    across = torch.bmm(images.reshape(n, c * h, w), columns.transpose(1, 2))  # [n, c*h, size]
-    down = torch.bmm(rows, across.reshape(n, c, h, size).transpose(1, 2).reshape(n, h, c * size))  # [n, size, c*size]
-    return down.reshape(n, size, c, size).transpose(1, 2).clamp(0, 1)
+    # all crops of an image in one product, so that it need not be there m times
+    across = torch.bmm(images.reshape(n, c * h, w), columns.reshape(n, m * size, w).transpose(1, 2))
+    across = across.reshape(n, c, h, m, size).permute(0, 3, 2, 1, 4).reshape(n * m, h, c * size)
+    down = torch.bmm(rows, across)  # [n × m, size, c × size]
+    return down.reshape(n * m, size, c, size).transpose(1, 2).clamp(0, 1)
 
 
 def resampling_matrix(start: Tensor, length: Tensor, *, source: int, size: int) -> Tensor:
@@ -236,7 +252,8 @@ class BatchGenerator(torch.Generator):
 
 
 def _draw(shape: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform in 0..1, from the CPU's generator on every device. The first dimension is that of the images."""
+    """Uniform in 0..1, from the CPU's generator on every device. The first dimension is that of the images, or of crops
+    in the order of their images."""
     n, *others = shape if isinstance(shape, tuple) else (shape,)
     team = generator.team if isinstance(generator, BatchGenerator) else ALONE
     return team.part(torch.rand((n * team.size, *others), generator=generator))
