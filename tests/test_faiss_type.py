@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import faiss
 import numpy as np
 import pytest
 from stores import brute_force, clustered, unit_vectors
@@ -11,6 +12,7 @@ from dinosearch.index.faiss_type import (
     build,
     candidate_types,
     held_out_queries,
+    lay_neighbours_together,
     measure,
     true_tenth,
     tune,
@@ -65,6 +67,38 @@ def test_what_is_held_out_is_not_found_before_it_is_added(stored, others):
     assert own.index.ntotal == 600
     found = own.candidates(queries, 10, effort=most)
     assert np.mean([position in near for position, near in zip(held_out, found, strict=True)]) > 0.85
+
+
+def link_gaps(index):
+    """How far apart in memory the ends of the lowest level's links lie."""
+    graph = faiss.downcast_index(index.index)
+    begin = faiss.vector_to_array(graph.hnsw.offsets)[: graph.ntotal].astype(int)
+    links = faiss.vector_to_array(graph.hnsw.neighbors)[begin[:, None] + np.arange(graph.hnsw.nb_neighbors(0))]
+    return np.abs(links - np.arange(graph.ntotal)[:, None])[links >= 0]
+
+
+def test_neighbours_laid_together_are_found_as_before_and_lie_nearer(monkeypatch):
+    monkeypatch.setattr(faiss_type, "_WALKED", 100)  # more than one part, in most rounds
+    halves, ids = clustered(N, DIM).astype(np.float16), np.random.default_rng(0).permutation(N * 3)[:N]
+    ids.sort()
+    graph = build(GRAPH, ids, halves, norms(halves.astype(np.float32)), held_out=np.arange(0, N, 50))
+    asked = graph.rows(np.arange(0, N, 50))
+    before, products, gaps = *graph.index.search(asked, 10)[::-1], link_gaps(graph.index)
+    lay_neighbours_together(graph.index)
+    after, products_after = graph.index.search(asked, 10)[::-1]
+    np.testing.assert_array_equal(after, before)
+    np.testing.assert_array_equal(products_after, products)
+    after_gaps = link_gaps(graph.index)
+    assert len(after_gaps) == len(gaps)
+    assert after_gaps.mean() < 0.8 * gaps.mean()
+    add(graph, np.arange(0, N, 50))
+    assert np.mean(graph.candidates(asked, 1, effort=128)[:, 0] == np.arange(0, N, 50)) > 0.95
+
+
+def test_a_graph_without_vectors_is_laid_as_it_is():
+    empty = faiss.index_factory(DIM, GRAPH, faiss.METRIC_INNER_PRODUCT)
+    lay_neighbours_together(empty)
+    assert empty.ntotal == 0
 
 
 def test_the_true_tenth_is_that_of_brute_force(stored, others, asked):

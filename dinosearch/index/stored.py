@@ -156,7 +156,7 @@ class TunedStored(ABC):
         products, ids = self.index.search(queries, n, params=self._parameters(effort))
         first = self._first_of_dense
         positions = np.searchsorted(self.ids, ids) if first is None else ids - first
-        gaps = bool((ids[:, -1] < 0).any())  # what was not found comes last
+        gaps = bool(ids[:, -1].min(initial=0) < 0)  # what was not found comes last
         if gaps:
             positions[ids < 0] = -1
         return positions, products, gaps
