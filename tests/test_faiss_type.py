@@ -16,6 +16,7 @@ from dinosearch.index.faiss_type import (
     measure,
     true_tenth,
     tune,
+    tuned_type,
     within_reach,
 )
 from dinosearch.index.reader import norms, unit
@@ -93,6 +94,18 @@ def test_neighbours_laid_together_are_found_as_before_and_lie_nearer(monkeypatch
     assert after_gaps.mean() < 0.8 * gaps.mean()
     add(graph, np.arange(0, N, 50))
     assert np.mean(graph.candidates(asked, 1, effort=128)[:, 0] == np.arange(0, N, 50)) > 0.95
+
+
+@pytest.mark.parametrize(("max_memory", "laid"), [(1_000_000, 0), (2_000_000, 1)])
+def test_neighbours_are_laid_together_where_memory_holds_the_graph_twice(max_memory, laid, monkeypatch):
+    calls = []
+    monkeypatch.setattr(faiss_type, "lay_neighbours_together", calls.append)
+    halves = clustered(N, DIM).astype(np.float16)  # a graph of 876,000 bytes
+    lengths = norms(halves.astype(np.float32))
+    found = tuned_type(np.arange(N), halves, lengths, recall=0.5, max_memory=max_memory, note=print)
+    assert found is not None
+    assert found[0].kind == GRAPH
+    assert len(calls) == laid
 
 
 def test_a_graph_without_vectors_is_laid_as_it_is():

@@ -93,7 +93,7 @@ def tuned_type(
         truth = true_tenth(queries, others, len(halves) - len(held_out))
     for name in promising:
         built = build(name, ids, halves, norms, held_out=held_out)
-        if "HNSW" in name and len(ids) * (4 * halves.shape[1] + _GRAPH_BYTES) <= budget:
+        if "HNSW" in name and 2 * len(ids) * (2 * halves.shape[1] + _GRAPH_BYTES) <= budget:
             lay_neighbours_together(built.index)
         asked = recall
         for _ in range(_TUNINGS):
@@ -165,10 +165,11 @@ def add(stored: TunedStored, positions: np.ndarray) -> None:
 
 
 def lay_neighbours_together(index: Any) -> None:
-    """Number a graph's vectors in the order of a breadth-first walk; what is found stays the same, under its ids.
+    """Number a graph's vectors in the order of a breadth-first walk.
 
-    Neighbours then mostly lie in pages of memory that a search has just been in: 1.05 times the single queries of a
-    million vectors (docs/benchmarks.md). FAISS copies the vectors and links while it does so.
+    Ids and links stay, and so what is found, but for ties. Neighbours then mostly lie in pages of memory that a search
+    has just been in: 1.05 times the single queries of a million vectors (docs/benchmarks.md). It takes the graph's
+    memory once more while it does so.
     """
     import faiss
 
