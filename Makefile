@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m dinosearch demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -1,11 +1,15 @@
 """Small real things that many tests share: JPEGs of photos and digits, and a model of two blocks."""
 
 import io
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""A shell's background jobs ignore it, and what they start does too: commands that a test interrupts would go on."""
 
 
 @pytest.fixture(scope="session")

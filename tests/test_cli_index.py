@@ -122,13 +122,16 @@ def test_verify_reads_everything_and_embeds_nothing(work):
 def test_watch_takes_in_what_changes_until_it_is_interrupted(work):
     command = [sys.executable, "-m", "dinosearch", "index", "catalog", "--watch", "--json"]
     with subprocess.Popen(command, cwd=work, env=environment(), stdout=subprocess.PIPE, text=True) as process:
-        assert json.loads(process.stdout.readline())["new"] == 10
-        time.sleep(2)
-        shutil.copy(work / "catalog/0.jpg", work / "catalog/copy.jpg")
-        assert json.loads(process.stdout.readline())["new"] == 1
-        dinosearch("forget", "catalog/copy.jpg", cwd=work)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        try:
+            assert json.loads(process.stdout.readline())["new"] == 10
+            time.sleep(2)
+            shutil.copy(work / "catalog/0.jpg", work / "catalog/copy.jpg")
+            assert json.loads(process.stdout.readline())["new"] == 1
+            dinosearch("forget", "catalog/copy.jpg", cwd=work)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 130
+        finally:
+            process.kill()
 
 
 def test_following_begins_with_one_sync(work, monkeypatch):
