@@ -155,7 +155,7 @@ def test_the_student_drops_paths_in_every_block_alike_and_the_teacher_none() -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dino", "dinov2"])
-@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 2e-2)])
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 3e-2)])
 def test_a_compiled_step_is_the_eager_step(
     method: str, bf16: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

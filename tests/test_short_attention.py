@@ -8,7 +8,8 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 
-from dinosearch.pretrain.net import Net, can_pack, create_backbone
+from dinosearch.pretrain.net import Net, create_backbone
+from dinosearch.pretrain.packed import can_pack
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.short_attention import ShortAttention, can_shorten
 
@@ -61,6 +62,28 @@ def test_packed_sizes_give_the_features_and_gradients_of_each_by_itself(pooling:
         made.append([features, *torch.autograd.grad((features * weights).sum(), list(net.parameters()))])
     for packed, alone in zip(*made, strict=True):
         torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5 * max(1.0, alone.abs().max().item()))
+
+
+def test_bf16_leaves_of_class_tokens_what_autocast_leaves() -> None:
+    torch.manual_seed(0)
+    sizes = {"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    recipe = Recipe("vit_tiny_patch16_224", sizes, 28, 7, pooling="token")
+    net = Net(create_backbone(recipe, drop_path_rate=0.0, device=torch.device("cpu")), {})
+    crops = [torch.randn(32, 3, 28, 28), torch.randn(64, 3, 14, 14)]
+    weights = torch.randn(96, 64)
+
+    def made(*, bf16: bool, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            features = net.encode_sizes(*crops) if packed else torch.cat([net.encode(images)[0] for images in crops])
+        gradients = torch.autograd.grad((features * weights).sum(), list(net.parameters()))
+        return features.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    (features, gradients), by_torch = made(bf16=False, packed=False), made(bf16=True, packed=False)
+    packed = made(bf16=True, packed=True)
+    assert packed[0].dtype == torch.float32
+    signal = (features - features.mean(dim=0)).norm()
+    assert (packed[0] - features).norm() < 2 * (by_torch[0] - features).norm() < 0.05 * signal
+    assert (packed[1] - gradients).norm() < 2 * (by_torch[1] - gradients).norm() < 0.05 * gradients.norm()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
 """A backbone and the heads that a method puts on it. Knows no loss and no optimizer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dinosearch.pretrain.packed import can_pack, has_class_feature, packed_class_tokens, packed_features
 from dinosearch.pretrain.patch_projection import PatchProjection, can_project
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.short_attention import ShortAttention, can_shorten
@@ -50,10 +50,12 @@ class Net(nn.Module):
 
     def encode_sizes(self, *crops: Tensor) -> Tensor:
         """Features [n, dim] as `encode` gives them, of crops [n_i, 3, size_i, size_i] of several sizes in turn."""
-        if can_pack(self.backbone):
-            of_sizes = packed_features(self.backbone, crops)
-        else:
+        if not can_pack(self.backbone):
             of_sizes = [self.backbone.forward_features(images) for images in crops]
+        elif has_class_feature(self.backbone):
+            of_sizes = [packed_class_tokens(self.backbone, crops)[:, None]]
+        else:
+            of_sizes = packed_features(self.backbone, crops)
         return torch.cat([whole_mean(self.backbone, tokens) for tokens in of_sizes])
 
     def _hide(self, _module: nn.Module, _inputs: Any, patches: Tensor) -> Tensor:
@@ -98,34 +100,6 @@ class FrugalBlocks(nn.Sequential):
 
 def _recomputed(function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     return checkpoint(function, tokens, use_reentrant=False) if torch.is_grad_enabled() else function(tokens)
-
-
-def can_pack(backbone: Any) -> bool:
-    """Its blocks look at tokens one by one but for attention that knows whose they are, and drop none at random."""
-    if type(backbone).forward_features is not VisionTransformer.forward_features:
-        return False
-    drops = [backbone.patch_drop, *(getattr(b, f"drop_path{i}", None) for b in backbone.blocks for i in (1, 2))]
-    return (
-        type(backbone.blocks) is nn.Sequential
-        and all(type(block) is Block and isinstance(block.attn, ShortAttention) for block in backbone.blocks)
-        and all(type(drop) is nn.Identity for drop in drops)
-    )
-
-
-def packed_features(backbone: Any, crops: Sequence[Tensor]) -> list[Tensor]:
-    """`forward_features` of crops of each size, [n, n_tokens, dim], with all tokens in one matrix on the way.
-
-    So a weight's gradient is one product, not one for each size and their sum: steps of the recipe for small pictures
-    took 4 % less, larger batches with a smaller head as long.
-    """
-    embedded = [backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(images))) for images in crops]
-    shapes = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
-    tokens = torch.cat([part.flatten(0, 1) for part in embedded])
-    for block in backbone.blocks:
-        tokens = tokens + block.ls1(block.attn.packed(block.norm1(tokens), shapes))
-        tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
-    parts = backbone.norm(tokens).split([n * n_tokens for n, n_tokens in shapes])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def create_backbone(recipe: Recipe, *, drop_path_rate: float, device: torch.device) -> nn.Module:

@@ -112,7 +112,7 @@ class DINO(Objective):
     def forward_crops(self, student: Net, teacher: Net, *views: Tensor) -> Forwarded:
         global_views, _ = views
         with torch.no_grad():
-            teacher_features, _ = teacher.encode(global_views.flatten(0, 1))
+            teacher_features = teacher.encode_sizes(global_views.flatten(0, 1))
             teacher_logits = teacher.head(teacher_features)
         features = student.encode_sizes(*(crops.flatten(0, 1) for crops in views if len(crops)))
         return _of_crops(teacher_features, teacher_logits, features, student.head(features))

@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Shapes = Sequence[tuple[int, int]]
+"""(n, n_tokens) of crops of each size, whose tokens lie one after another in one matrix."""
 
 
 class ShortAttention(nn.Module):
@@ -20,27 +24,79 @@ class ShortAttention(nn.Module):
         self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
         for name, layer in attention.named_children():
             self.add_module(name, layer)
-        self.qkv: nn.Module
-        self.proj: nn.Module
+        self.qkv: nn.Linear
+        self.proj: nn.Linear
 
     def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
         assert (attn_mask, is_causal) == (None, False), "a backbone in training sees whole crops"
-        return self.proj(self._mix(self.qkv(x)))
+        n, n_tokens, _ = x.shape
+        return self.proj(self.mix(self.qkv(x).flatten(0, 1), [(n, n_tokens)]).unflatten(0, (n, n_tokens)))
 
-    def packed(self, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """Tokens [total, dim] of crops of several sizes, one after another: shapes (n, n_tokens) of each size."""
-        parts = self.qkv(x).split([n * n_tokens for n, n_tokens in shapes])
-        mixed = [self._mix(part.unflatten(0, shape)) for part, shape in zip(parts, shapes, strict=True)]
-        return self.proj(torch.cat([part.flatten(0, 1) for part in mixed]))
+    def mix(self, qkv: Tensor, shapes: Shapes) -> Tensor:
+        """Queries, keys and values [total, 3 × dim] of crops of several sizes → weighted values [total, dim]."""
+        return _Mix.apply(qkv, shapes, self.num_heads, self.scale)
 
-    def _mix(self, qkv: Tensor) -> Tensor:
-        """[n, n_tokens, 3 × dim] → the heads' weighted values [n, n_tokens, dim]."""
-        n, n_tokens, _ = qkv.shape
-        heads = qkv.reshape(n, n_tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = heads.reshape(3, n * self.num_heads, n_tokens, self.head_dim).unbind(0)  # copies, once
-        weights = torch.bmm(q * self.scale, k.transpose(1, 2)).softmax(dim=-1, dtype=torch.float32)
-        mixed = torch.bmm(weights.to(v.dtype), v).unflatten(0, (n, self.num_heads))
-        return mixed.transpose(1, 2).reshape(n, n_tokens, -1)
+    def mix_first(self, first: Tensor, keys_values: Tensor, shapes: Shapes) -> Tensor:
+        """The same for the first token of each crop alone: its query [n, dim], all [total, 2 × dim] → [n, dim]."""
+        queries = (first * self.scale).split([n for n, _ in shapes])
+        parts = keys_values.split([n * n_tokens for n, n_tokens in shapes])
+        mixed = []
+        for (n, n_tokens), query, part in zip(shapes, queries, parts, strict=True):
+            heads = part.view(n, n_tokens, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+            k, v = heads.reshape(2, n * self.num_heads, n_tokens, self.head_dim).unbind(0)
+            weights = torch.bmm(query.reshape(n * self.num_heads, 1, -1), k.transpose(1, 2)).softmax(dim=-1)
+            mixed.append(torch.bmm(weights, v).reshape(n, -1))
+        return torch.cat(mixed)
+
+
+class _Mix(torch.autograd.Function):
+    """Softmax of scaled products of queries and keys, times values; every size reads and writes its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, shapes: Shapes, num_heads: int, scale: float) -> Tensor:
+        total, dim = len(qkv), qkv.shape[1] // 3
+        mixed, kept, start = qkv.new_empty(total, dim), [], 0
+        for n, n_tokens in shapes:
+            rows = slice(start, start + n * n_tokens)
+            heads = qkv.new_empty(3, n, num_heads, n_tokens, dim // num_heads)
+            heads.copy_(qkv[rows].view(n, n_tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4))
+            q, k, v = heads.flatten(1, 2).unbind(0)  # [n × num_heads, n_tokens, head_dim]
+            weights = _scaled_bmm(q, k.transpose(1, 2), scale).softmax(dim=-1)
+            by_head = torch.bmm(weights, v).view(n, num_heads, n_tokens, -1)
+            mixed[rows].view(n, n_tokens, num_heads, -1).copy_(by_head.transpose(1, 2))
+            kept += [heads, weights]
+            start = rows.stop
+        ctx.save_for_backward(*kept)
+        ctx.shapes, ctx.scale = shapes, scale
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        total, dim = gradient.shape
+        of_qkv, kept, start = gradient.new_empty(total, 3 * dim), ctx.saved_tensors, 0
+        for (n, n_tokens), heads, weights in zip(ctx.shapes, kept[::2], kept[1::2], strict=True):
+            rows, num_heads = slice(start, start + n * n_tokens), heads.shape[2]
+            q, k, v = heads.flatten(1, 2).unbind(0)
+            of_mixed = gradient[rows].view(n, n_tokens, num_heads, -1).transpose(1, 2).reshape(v.shape)
+            of_weights = torch.bmm(of_mixed, v.transpose(1, 2))
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_heads = torch.empty_like(heads)
+            of_q, of_k, of_v = of_heads.flatten(1, 2).unbind(0)
+            _scaled_bmm(of_scores, k, ctx.scale, out=of_q)
+            _scaled_bmm(of_scores.transpose(1, 2), q, ctx.scale, out=of_k)
+            torch.bmm(weights.transpose(1, 2), of_mixed, out=of_v)
+            of_qkv[rows].view(n, n_tokens, 3, num_heads, -1).copy_(of_heads.permute(1, 3, 0, 2, 4))
+            start = rows.stop
+        return of_qkv, None, None, None
+
+
+def _scaled_bmm(a: Tensor, b: Tensor, scale: float, *, out: Tensor | None = None) -> Tensor:
+    """scale × a b, without another pass over it."""
+    if out is None:
+        out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def can_shorten(attention: Any) -> bool:
