@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from timm.layers import Mlp
+from timm.layers import GluMlp, LayerNorm, LayerNormFp32, Mlp
 from torch import nn
 
 from dinosearch.pretrain import fused_linear
@@ -14,7 +14,7 @@ from dinosearch.pretrain.fused_linear import can_fuse, linear, normed_linear, no
 @pytest.fixture(params=["oneDNN", "no oneDNN"])
 def with_and_without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "no oneDNN":
-        monkeypatch.setattr(fused_linear, "_has_pointwise", lambda: False)
+        monkeypatch.setattr(fused_linear, "_has_pointwise", lambda _: False)
 
 
 def layers() -> nn.Module:
@@ -65,6 +65,7 @@ def test_outputs_and_gradients_are_those_of_the_layers(which: str, bf16: bool) -
 
 def test_what_is_not_plain_is_left_to_torch() -> None:
     norm = nn.LayerNorm(8)
+    assert can_fuse(LayerNorm(8), nn.Linear(8, 4))
     assert can_fuse(norm, nn.Linear(8, 4))
     assert can_fuse(norm, Mlp(8, 16))
     assert not can_fuse(norm, nn.Linear(8, 4, bias=False))
@@ -75,5 +76,7 @@ def test_what_is_not_plain_is_left_to_torch() -> None:
     assert not can_fuse(norm, Mlp(8, 16, norm_layer=nn.LayerNorm))
     assert not can_fuse(nn.LayerNorm(8, bias=False), nn.Linear(8, 4))
     assert not can_fuse(nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 4))
+    assert not can_fuse(LayerNormFp32(8), nn.Linear(8, 4))
     assert not can_fuse(nn.RMSNorm(8), nn.Linear(8, 4))
     assert not can_fuse(norm, nn.Identity())
+    assert not can_fuse(norm, GluMlp(8, 16, act_layer=nn.GELU))

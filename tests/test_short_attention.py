@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from dinosearch.pretrain.net import Net, create_backbone
 from dinosearch.pretrain.packed import can_pack
 from dinosearch.pretrain.recipe import Recipe
-from dinosearch.pretrain.short_attention import ShortAttention, can_shorten
+from dinosearch.pretrain.short_attention import ShortAttention, _scaled_bmm, can_shorten
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -31,6 +31,14 @@ def test_short_attention_gives_timms_outputs_and_gradients(bf16: bool) -> None:
     tolerance = 1e-2 if bf16 else 1e-5  # bf16 keeps 8 bits
     for from_plain, from_short in zip(*found, strict=True):
         torch.testing.assert_close(from_short, from_plain, atol=tolerance * from_plain.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_memory_held_before_is_in_no_product(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(6, 17, 8).to(dtype), torch.randn(6, 8, 17).to(dtype)
+    held = torch.full((6, 17, 17), torch.nan, dtype=dtype)
+    torch.testing.assert_close(_scaled_bmm(a, b, 0.25, out=held), 0.25 * (a @ b))
 
 
 def test_short_attention_keeps_timms_parameters_under_their_names() -> None:
@@ -62,6 +70,14 @@ def test_packed_sizes_give_the_features_and_gradients_of_each_by_itself(pooling:
         made.append([features, *torch.autograd.grad((features * weights).sum(), list(net.parameters()))])
     for packed, alone in zip(*made, strict=True):
         torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5 * max(1.0, alone.abs().max().item()))
+
+
+def test_a_distilled_deit_is_more_than_its_class_token() -> None:
+    sizes = {"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    recipe = Recipe("deit_tiny_distilled_patch16_224", sizes, 28, 7, pooling="token")
+    net = Net(create_backbone(recipe, drop_path_rate=0.0, device=torch.device("cpu")), {}).eval()
+    crops = [torch.randn(4, 3, 28, 28), torch.randn(4, 3, 14, 14)]
+    torch.testing.assert_close(net.encode_sizes(*crops), torch.cat([net.encode(images)[0] for images in crops]))
 
 
 def test_bf16_leaves_of_class_tokens_what_autocast_leaves() -> None:

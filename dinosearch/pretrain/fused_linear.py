@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import torch
+from timm.layers import GELU, LayerNorm, Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -39,16 +40,17 @@ def normed_mlp(x: Tensor, norm: Any, mlp: Any) -> Tensor:
 
 def can_fuse(norm: Any, layer: Any) -> bool:
     """These are a LayerNorm with weights and a linear layer with a bias, or timm's MLP of such layers around GELU."""
-    if not (isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None):
+    if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None or norm.bias is None:
         return False
     if type(layer) is nn.Linear:
         return layer.bias is not None
-    layers = [getattr(layer, name, None) for name in ("fc1", "fc2")]
-    between = [getattr(layer, name, None) for name in ("drop1", "norm", "drop2")]
+    if type(layer) is not Mlp:
+        return False
+    between = [layer.drop1, layer.norm, layer.drop2]
     return (
-        all(type(part) is nn.Linear and part.bias is not None for part in layers)
-        and isinstance(getattr(layer, "act", None), nn.GELU)
-        and layer.act.approximate == "none"
+        all(type(part) is nn.Linear and part.bias is not None for part in (layer.fc1, layer.fc2))
+        and type(layer.act) in (nn.GELU, GELU)
+        and getattr(layer.act, "approximate", "none") == "none"
         and all(isinstance(m, nn.Identity) or (isinstance(m, nn.Dropout) and m.p == 0) for m in between)
     )
 
@@ -112,27 +114,21 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-@functools.cache
 def _no_weights(dim: int) -> tuple[Tensor, Tensor]:
     """Those of a LayerNorm that does nothing more; with these, and only so, torch keeps float32 statistics of bf16."""
     return torch.ones(dim), torch.zeros(dim)
-
-
-@functools.cache
-def _ones(n: int, dtype: torch.dtype) -> Tensor:
-    return torch.ones(1, n, dtype=dtype)
 
 
 def _of_weights(x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of a weight [out_features, in_features] and a bias, float32, of inputs x and of the output's."""
     # The narrower matrix first, and the bias's sum as a product: a fifth and a third faster (docs/benchmarks.md).
     of_weight = gradient.t() @ x if gradient.shape[1] <= x.shape[1] else (x.t() @ gradient).t()
-    return of_weight.float(), (_ones(len(gradient), gradient.dtype) @ gradient)[0].float()
+    return of_weight.float(), (gradient.new_ones(1, len(gradient)) @ gradient)[0].float()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
     """x weightᵀ + bias, and GELU of it."""
-    if _has_pointwise():
+    if _has_pointwise(x.dtype):
         then: Any = ("gelu", [], "none") if gelu else ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *then)
     product = functional.linear(x, weight, bias)
@@ -140,11 +136,12 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> 
 
 
 @functools.cache
-def _has_pointwise() -> bool:
+def _has_pointwise(dtype: torch.dtype) -> bool:
     """Torch has oneDNN's product with a bias under the name that its own compiler uses; no public one leads there."""
-    x, weight, bias = torch.arange(6.0).view(2, 3), torch.ones(4, 3), torch.arange(4.0)
+    x = torch.arange(6, dtype=dtype).view(2, 3)
+    weight, bias = torch.ones(4, 3, dtype=dtype), torch.arange(4, dtype=dtype)
     try:
         found = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    except (AttributeError, RuntimeError, NotImplementedError):
+    except (AttributeError, RuntimeError):
         return False
     return torch.equal(found, functional.linear(x, weight, bias))

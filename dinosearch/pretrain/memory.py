@@ -53,13 +53,13 @@ def forecast(run: Run, *, side: int, channels: int) -> Forecast:
     """Rehearse on noise of the bank's shape; a run at its start is left as it was, bit for bit."""
     before = run.state()
     share = run.recipe.batch_size // run.team.size
+    n_timed = share if run.device.type == "cuda" else min(TIMED_IMAGES, share)
+    seconds = _time(run, n_timed, side, channels) * share / n_timed  # first, and with it what only a first step does
     timelines = {}
     for n_images in (share,) if share <= FOLLOWED_IMAGES[-1] else FOLLOWED_IMAGES:
         run.put_back(before)  # so that each of these steps makes the optimizer's state
         timelines[n_images] = _follow(run, n_images, side, channels)
     peak = _peak(timelines, wanted=share)
-    n_timed = share if run.device.type == "cuda" else min(TIMED_IMAGES, share)
-    seconds = _time(run, n_timed, side, channels) * share / n_timed
     run.optimizer.zero_grad()
     if run.device.type == "cpu":
         state = sum(tensor.nbytes for tensor in run.state().values())

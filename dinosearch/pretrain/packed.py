@@ -16,7 +16,10 @@ from dinosearch.pretrain.short_attention import Shapes, ShortAttention
 
 
 def can_pack(backbone: Any) -> bool:
-    """Its blocks look at tokens one by one but for attention that knows whose they are, and drop none at random."""
+    """Its blocks are timm's plain ones, biases and GELU included, with attention that knows whose tokens are whose.
+
+    They drop none at random. Hooks on the layers in a block would not be called.
+    """
     if type(backbone).forward_features is not VisionTransformer.forward_features:
         return False
     drops = [backbone.patch_drop, *(getattr(b, f"drop_path{i}", None) for b in backbone.blocks for i in (1, 2))]
@@ -33,13 +36,16 @@ def _is_plain(block: Any) -> bool:
         and isinstance(block.attn, ShortAttention)
         and can_fuse(block.norm1, block.attn.qkv)
         and can_fuse(block.norm2, block.mlp)
-        and can_fuse(block.norm2, block.attn.proj)
+        and can_fuse(block.norm2, block.attn.proj)  # its bias; this norm is not before it
     )
 
 
 def has_class_feature(backbone: Any) -> bool:
     """A crop's feature is made of its class token, the first, and of nothing else."""
-    return backbone.global_pool == "token" and getattr(backbone, "attn_pool", None) is None
+    own = any(
+        getattr(type(backbone), name) is not getattr(VisionTransformer, name) for name in ("pool", "forward_head")
+    )
+    return not own and backbone.global_pool == "token" and backbone.attn_pool is None
 
 
 def packed_features(backbone: Any, crops: Sequence[Tensor]) -> list[Tensor]:
@@ -54,8 +60,8 @@ def packed_features(backbone: Any, crops: Sequence[Tensor]) -> list[Tensor]:
 def packed_class_tokens(backbone: Any, crops: Sequence[Tensor]) -> Tensor:
     """The class tokens of `forward_features` of crops of each size in turn, [n, dim].
 
-    Under autocast sums of tokens are kept in its type as well: half the memory to go through, and features as near to
-    float32's as what its products leave of them.
+    Under autocast sums of tokens are kept in its type as well, which is half the memory to go through and adds half to
+    the rounding of its products; but not with LayerScale, of whose small shares bfloat16 would lose too much.
     """
     tokens, shapes = _embedded(backbone, crops)
     if torch.is_autocast_enabled(tokens.device.type):
