@@ -44,6 +44,7 @@ def build_index(
     *,
     name: str | None = None,
     model: str | None = None,
+    image_size: int | None = None,
     device: str = "auto",
     precision: str | None = None,
     exclude: Sequence[str] | None = None,
@@ -61,8 +62,9 @@ def build_index(
     """Embed images into an index, or bring it up to date, and open it; what `dinosearch index` does.
 
     images: folders, archives, lists, tables, globs, URLs. model: a name in models/, a folder, `timm:NAME` or a
-    released file; the newest in models/ without. precision: auto, fp32, bf16 or int8 (for processors; needs the extra
-    int8). It and the options of a source are as remembered where None.
+    released file; the newest in models/ without. image_size: side of the square that released weights see, in pixels.
+    precision: auto, fp32, bf16 or int8 (for processors; needs the extra int8). It and the options of a source are as
+    remembered where None.
     shard: "1/4" takes only the first of four parts, for `merge`.
     recall: share of the 10 nearest that a large index must find, 0.5 to 1; 0.95 without.
     max_memory: bytes, at most so many are used.
@@ -75,7 +77,7 @@ def build_index(
     specs = [images] if isinstance(images, str | os.PathLike) else images
     sources = open_sources(os.fspath(spec) for spec in specs)
     index_path = index_for(sources, name=name, indexes=indexes_path(), shard=shard)
-    vit = resolve_model(model, models=models_path(), note=note)
+    vit = resolve_model(model, models=models_path(), note=note, image_size=image_size)
 
     def start_encoder(plan: EncoderPlan) -> Encoder:
         from dinosearch.encoder import open_encoder

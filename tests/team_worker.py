@@ -1,6 +1,7 @@
 """One process of `test_distributed.py`: some steps on its part of every batch, then the leader's state in a file."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 import dinosearch.pretrain.run as run_module
+from dinosearch.pretrain.distill import Mentor
 from dinosearch.pretrain.distributed import teamwork
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.run import Run
 from dinosearch.pretrain.views import ViewSettings
+from dinosearch.vit.folder import create_vit
 
 BATCH = 8
 RECIPE = Recipe(
@@ -31,11 +34,21 @@ RECIPE = Recipe(
 )
 
 
-def main(path: Path) -> None:
+DISTILL = replace(RECIPE, method="distill", views=replace(RECIPE.views, n_local=0), teacher_temperature=0.1)
+
+
+def mentor() -> Mentor:
+    facts = RECIPE.model_facts()
+    torch.manual_seed(9)
+    return Mentor(create_vit(facts), facts)
+
+
+def main(path: Path, recipe: Recipe) -> None:
     torch.set_num_threads(1)
     run_module.has_bf16 = lambda _device: False  # rounding to 8 bits would hide mistakes of 1 %
     with teamwork("cpu") as team:
-        run = Run(RECIPE, seed=3, device=torch.device("cpu"), team=team)
+        teacher = mentor() if recipe.method == "distill" else None
+        run = Run(recipe, seed=3, device=torch.device("cpu"), mentor=teacher, team=team)
         for group in run.optimizer.param_groups:
             group["eps"] = (
                 1e-4  # Adam would blow up the rounding of gradients that are zero, such as those of key biases
@@ -51,4 +64,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), DISTILL if "distill" in sys.argv else RECIPE)

@@ -43,10 +43,11 @@ def torchrun(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["dino", "distill"])
+def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path, method: str) -> None:
     worker = str(REPOSITORY / "tests" / "team_worker.py")
-    subprocess.run([sys.executable, worker, "one"], cwd=tmp_path, env=ENVIRONMENT, check=True)
-    done = torchrun(worker, "two", cwd=tmp_path)
+    subprocess.run([sys.executable, worker, "one", method], cwd=tmp_path, env=ENVIRONMENT, check=True)
+    done = torchrun(worker, "two", method, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     assert one.keys() == two.keys()

@@ -11,6 +11,7 @@ from dinosearch.index.faiss_type import (
     add,
     build,
     candidate_types,
+    fewest_directions,
     held_out_queries,
     lay_neighbours_together,
     measure,
@@ -24,9 +25,10 @@ from dinosearch.index.stored import GraphStored
 
 N, DIM = 3000, 64
 GRAPH, LISTS = "IDMap,HNSW16_SQfp16", "PCAR16,IVF32,PQ16x4fsr"
+REDUCED = "IDMap,PCA32,HNSW16_SQfp16,Refine(SQfp16)"
 
 
-@pytest.fixture(scope="module", params=[GRAPH, LISTS])
+@pytest.fixture(scope="module", params=[GRAPH, REDUCED, LISTS])
 def stored(request):
     """Of 3,000 vectors, without those that are held out."""
     halves, ids = clustered(N, DIM).astype(np.float16), np.arange(N) * 3 + 5
@@ -48,12 +50,67 @@ def asked(stored, others):
 
 def test_types_follow_the_number_of_vectors_and_the_memory():
     quarter, half = "PCAR96,IVF4096,PQ96x4fsr", "PCAR192,IVF4096,PQ192x4fsr"
+    reduced = "IDMap,PCA96,HNSW16_SQfp16,Refine(SQfp16)"
     assert candidate_types(1_000_000, 384, max_memory=500 << 20) == [quarter, half]
+    assert candidate_types(1_000_000, 384, kept=96, max_memory=2 * 10**9) == [reduced, GRAPH]
+    assert candidate_types(1_000_000, 384, kept=96, max_memory=10**9) == [GRAPH]
     assert candidate_types(1_000_000, 384, max_memory=10**9) == [GRAPH]
     assert candidate_types(200_000, 384, max_memory=10**8) == ["PCAR96,IVF2048,PQ96x4fsr", "PCAR192,IVF2048,PQ192x4fsr"]
     assert candidate_types(1_000_000, 384, max_memory=80 << 20) == [quarter]
     assert candidate_types(1_000_000, 384, max_memory=1 << 20) == []
     assert candidate_types(1_000_000, 3, max_memory=10**9) == []
+
+
+def few_directions(n, dim, kept, *, rest=0.003, seed=0):
+    """Unit vectors that vary evenly in `kept` random directions, and by little in all others."""
+    random = np.random.default_rng(seed)
+    turn, _ = np.linalg.qr(random.standard_normal((dim, dim)))
+    sizes = np.where(np.arange(dim) < kept, 1.0, rest)
+    return unit(((random.standard_normal((n, dim)) * sizes) @ turn).astype(np.float16))
+
+
+@pytest.mark.parametrize(("varied", "kept"), [(10, 16), (24, 32), (40, None)])
+def test_so_many_directions_are_kept_as_the_vectors_vary_in(varied, kept):
+    halves = few_directions(4000, DIM, varied).astype(np.float16)
+    assert fewest_directions(halves, recall=0.95) == kept
+    assert fewest_directions(few_directions(4000, DIM, varied, rest=0.5).astype(np.float16), recall=0.95) is None
+    assert fewest_directions(halves[:10], recall=0.95) is None
+
+
+def test_vectors_of_few_directions_get_a_graph_over_these_and_exact_scores():
+    halves = few_directions(N, DIM, 12).astype(np.float16)
+    lengths = norms(halves.astype(np.float32))
+    ids = np.arange(N) * 2 + 1
+    found, measured = tuned_type(ids, halves, lengths, recall=0.9, max_memory=None, note=pytest.fail)
+    assert found.kind == "IDMap,PCA16,HNSW16_SQfp16,Refine(SQfp16)"
+    assert measured.recall_at_10 >= 0.9
+    queries = few_directions(200, DIM, 12)
+    near = found.search(queries, 10)
+    exact = np.einsum("qd,qkd->qk", queries.astype(np.float64), unit(halves).astype(np.float64)[near.positions])
+    assert np.allclose(near.scores, exact, rtol=0, atol=3e-7)
+    assert np.array_equal(near.ids, ids[near.positions])
+    _, scores = brute_force(unit(halves), queries, 10)
+    best = -np.sort(-near.scores, axis=1)[:, :10]
+    assert (best >= scores[:, 9:] - 1e-6).mean() >= 0.88
+    many = found.search(queries[:3], 100)
+    assert many.positions.shape[1] == 120
+    assert len(np.unique(many.positions[0])) == 120
+
+
+def test_single_queries_by_the_quick_way_find_what_a_batch_finds(stored, asked):
+    queries, _ = asked
+    if not isinstance(stored, GraphStored):
+        return
+    graph = replace(stored, effort=40, rerank=stored.reranks[-1])
+    for k in (1, 10, 37):
+        single, batch = graph.single_search(k), graph.search(queries, k)
+        for row, query in enumerate(queries[:30]):
+            ids, scores = single(query[None])
+            order = np.lexsort((batch.ids[row], -batch.scores[row]))[:k]
+            assert np.array_equal(ids, batch.ids[row][order])
+            assert np.array_equal(scores, batch.scores[row][order])
+    with pytest.raises(ValueError, match="a query is"):
+        graph.single_search(10)(queries[:1, :10].copy())
 
 
 def test_what_is_held_out_is_not_found_before_it_is_added(stored, others):
@@ -72,17 +129,18 @@ def test_what_is_held_out_is_not_found_before_it_is_added(stored, others):
 
 def link_gaps(index):
     """How far apart in memory the ends of the lowest level's links lie."""
-    graph = faiss.downcast_index(index.index)
+    graph = faiss_type._graph_of(index)
     begin = faiss.vector_to_array(graph.hnsw.offsets)[: graph.ntotal].astype(int)
     links = faiss.vector_to_array(graph.hnsw.neighbors)[begin[:, None] + np.arange(graph.hnsw.nb_neighbors(0))]
     return np.abs(links - np.arange(graph.ntotal)[:, None])[links >= 0]
 
 
-def test_neighbours_laid_together_are_found_as_before_and_lie_nearer(monkeypatch):
+@pytest.mark.parametrize("name", [GRAPH, REDUCED])
+def test_neighbours_laid_together_are_found_as_before_and_lie_nearer(name, monkeypatch):
     monkeypatch.setattr(faiss_type, "_WALKED", 100)  # more than one part, in most rounds
     halves, ids = clustered(N, DIM).astype(np.float16), np.random.default_rng(0).permutation(N * 3)[:N]
     ids.sort()
-    graph = build(GRAPH, ids, halves, norms(halves.astype(np.float32)), held_out=np.arange(0, N, 50))
+    graph = build(name, ids, halves, norms(halves.astype(np.float32)), held_out=np.arange(0, N, 50))
     asked = graph.rows(np.arange(0, N, 50))
     before, products, gaps = *graph.index.search(asked, 10)[::-1], link_gaps(graph.index)
     lay_neighbours_together(graph.index)

@@ -67,6 +67,24 @@ def test_a_forgotten_file_that_is_gone_leaves_no_trace(shop):
     assert (shop.sync().unchanged, shop.notes) == (16, [])
 
 
+def test_what_a_forgotten_file_was_before_is_erased_too(shop):
+    path = write_image(shop.root / "edited.png", 77)
+    shop.sync()
+    before = stored_vector(shop, path.name)
+    write_image(path, 78, age=10)
+    shop.sync()
+    assert "catalog.sqlite" in traces(shop, before), "kept, as the file might come back"
+    forgotten = forget(shop.index, [str(path)])
+    assert (forgotten.files, forgotten.vectors) == (1, 2)
+    assert traces(shop, before, as_float32(before)) == []
+    write_image(shop.root / "gone.png", 79)
+    shop.sync()
+    (shop.root / "gone.png").unlink()
+    shop.sync()
+    with pytest.raises(DinosearchError, match="index --prune erases its vector"):
+        forget(shop.index, [str(shop.root / "gone.png")])
+
+
 def test_a_forgotten_file_that_is_still_there_is_not_taken_in_again(shop):
     path = write_image(shop.root / "[odd] name!.png", 77)
     write_image(shop.root / "o name!.png", 78)

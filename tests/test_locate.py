@@ -1,5 +1,6 @@
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ def test_the_newest_index_is_the_one_created_last_whatever_was_written_since(tmp
     (indexes / "begun").mkdir()
     (indexes / "begun" / "catalog.sqlite").touch()
     (indexes / "README.md").touch()
+    assert list_indexes(indexes) == [second, first]
+    shutil.copytree(second, indexes / ".second.merging")  # as a merge that was killed leaves it
     assert list_indexes(indexes) == [second, first]
     notes = []
     assert resolve_index(None, indexes=indexes, note=notes.append) == second

@@ -152,3 +152,21 @@ def test_what_transformers_cannot_say_is_refused(tmp_path, facts, why):
     model = saved(tmp_path / "m", facts)
     with pytest.raises(DinosearchError, match=why):
         export_model(model, form="hf", out=tmp_path / "hf", note=quiet)
+
+
+@pytest.mark.parametrize(("form", "ending"), [("onnx", "onnx"), ("openvino", "xml")])
+def test_a_model_of_five_channels_is_exported_with_five(tmp_path, form, ending):
+    if form == "onnx":
+        pytest.importorskip("onnx")
+    five = replace(FACTS, mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(0.2, 0.3, 0.2, 0.3, 0.2))
+    model = saved(tmp_path / "m", five, in_chans=5)
+    written = export_model(model, form=form, out=tmp_path / "five", note=quiet)
+    assert written.cosine > 0.99999
+    pixels = np.random.default_rng(7).integers(0, 256, (3, 16, 16, 5), dtype=np.uint8)
+    graph = (
+        import_openvino()
+        .Core()
+        .compile_model(str(tmp_path / f"five.{ending}"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    )
+    assert np.allclose(graph({0: pixels})[0], vectors_of(model, pixels), atol=1e-5)
+    assert "[n, 16, 16, 5]" in json.loads((tmp_path / "five.json").read_text())["input"]

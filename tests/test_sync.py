@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from PIL import Image
 
 from dinosearch.errors import DinosearchError, IndexLocked, IndexNotFound, UsageError
 from dinosearch.images import find, read, workers
-from dinosearch.images.decode import decode
+from dinosearch.images.decode import BadImage, decode
 from dinosearch.index import embed, limits
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.contents import failures, index_info, read_vectors
@@ -168,6 +169,25 @@ def test_copies_of_a_bad_file_within_one_run_fail_alike(shop):
         (shop.root / f"bad{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
     assert counts(shop.sync()) == {"new": 20, "embedded": 20, "failed": 10, "images": 20}
     assert len({(status, reason) for _, status, reason, _ in failures(shop.index)}) == 1
+
+
+def test_copies_of_a_file_whose_decoder_is_killed_fail_alike_and_end_no_run(shop, monkeypatch):
+    paths = [write_image(shop.root / f"heavy{number}.png", 500, size=(31, 17)) for number in range(5)]
+    decode = workers.OpenFile.decode
+
+    def dies(self):
+        if self.size == paths[0].stat().st_size:
+            time.sleep(0.2)  # the next copy is read meanwhile
+            raise BadImage("unreadable", "its decoder was killed")
+        return decode(self)
+
+    monkeypatch.setattr(workers.OpenFile, "decode", dies)
+    for _ in range(2):
+        assert counts(shop.sync())["failed"] == 5
+        found = [(status, reason) for _, status, reason, _ in failures(shop.index)]
+        assert found == [("unreadable", "its decoder was killed")] * 5
+    monkeypatch.undo()
+    assert counts(shop.sync()).get("failed", 0) == 0
 
 
 def test_a_changed_file_is_embedded_again(shop, tmp_path):

@@ -229,6 +229,62 @@ def test_resume_without_a_checkpoint_starts_over_and_says_so(images: Path, tmp_p
     assert any("starting over" in line for line in said)
 
 
+def test_a_model_without_a_checkpoint_is_not_resumed_over(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path, name="a", steps=0)
+    before = weights(tmp_path / "a")
+    with pytest.raises(UsageError, match=r"holds a model and no checkpoint.*--overwrite"):
+        run(images, tmp_path, name="a", steps=3, resume=True)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "a").items())
+
+
+def test_resume_without_a_name_finds_the_last_run_on_these_images(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path, name="other-name", steps=6, stop=stops_after(4))
+    elsewhere = tmp_path / "elsewhere" / "digits"
+    elsewhere.mkdir(parents=True)
+    for path in images.iterdir():
+        (elsewhere / path.name).write_bytes(path.read_bytes())
+    run(elsewhere, tmp_path, steps=2)
+    resumed, _ = run(images, tmp_path, resume=True)
+    assert (Path(resumed.model).name, resumed.steps) == ("other-name", 6)
+    killed = tmp_path / "digits-2" / "training"  # before its first checkpoint
+    killed.mkdir(parents=True)
+    killed.joinpath("sources.json").write_text(json.dumps([str(images)]))
+    said: list[str] = []
+    again, _ = run(images, tmp_path, steps=2, resume=True, note=said.append)
+    assert (Path(again.model).name, again.resumed_from_step) == ("digits-2", None)
+    assert any("starting over" in line for line in said)
+
+
+def test_a_resumed_run_is_as_strict_as_it_began_and_chooses_alike(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path, name="a", steps=6, seed=3, strict=True, stop=stops_after(4))
+    assert checkpoint_of(tmp_path / "a").facts["strict"]
+    with pytest.raises(UsageError, match="begun with --seed 3, not 0"):
+        run(images, tmp_path, name="a", seed=0, resume=True)
+    with pytest.raises(UsageError, match="begun with --select quality: leave --select out"):
+        run(images, tmp_path, name="a", select="labels", evaluate=lambda _, __: (0.5, 10), resume=True)
+    run(images, tmp_path, name="a", resume=True)
+    assert checkpoint_of(tmp_path / "a").facts["strict"]
+    asked = iter([False, False, True])
+    labelled: dict[str, Any] = {"select": "labels", "evaluate": lambda _, __: (0.5, 10)}
+    run(images, tmp_path, name="b", steps=6, stop=lambda: next(asked, True), **labelled)
+    with pytest.raises(UsageError, match="begun with --select labels: give it, and --labels, again"):
+        run(images, tmp_path, name="b", resume=True)
+    run(images, tmp_path, name="b", resume=True, **labelled)
+
+
+def test_a_short_time_budget_quickens_the_teacher(images: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    report, _ = run(images, tmp_path, minutes=0.05, note=said.append)
+    trained = open_model(Path(report.model)).trained
+    momentum = trained["recipe"]["teacher_momentum"]
+    assert 0.9 <= momentum < 0.99
+    assert any(f"teacher momentum {momentum:.4g} in so short a run" in line for line in said)
+    assert "half-life" in trained["reasons"]["teacher momentum"]
+    assert "half-life is 69" not in trained["reasons"]["teacher momentum"]
+    asked, _ = run(images, tmp_path, minutes=0.05, overrides={"teacher_momentum": 0.95})
+    assert open_model(Path(asked.model)).trained["recipe"]["teacher_momentum"] == 0.95
+
+
 def test_names_are_numbered_and_never_taken(images: Path, tmp_path: Path) -> None:
     for expected in ("digits", "digits-2", "digits-3"):
         report, _ = run(images, tmp_path, steps=0)

@@ -14,6 +14,7 @@ import dinosearch.pretrain.course as course
 import dinosearch.pretrain.warmstart as warmstart
 from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.pretrain.course import TrainReport
+from dinosearch.pretrain.overrides import read_config
 from dinosearch.pretrain.quality import Quality
 from dinosearch.pretrain.train import TrainConfig, train
 from dinosearch.pretrain.warmstart import improved
@@ -238,3 +239,38 @@ def test_what_is_exported_is_never_worse_than_the_start(
     assert new.trained["start"]["exported"] == (not better)
     assert new.trained["start"]["quality"]["recall_at_1"] == (0.8 if better else 0.9)
     assert run(images, models, name="new", resume=True) == report
+
+
+def test_what_does_not_fit_is_no_start_unless_it_is_asked_for(images: Path, models: Path, tmp_path: Path) -> None:
+    import_model(released(tmp_path), models=models, name="dino")
+    said: list[str] = []
+    run(images, models, steps=1, name="five", overrides={"channels": 1, "image_size": 16, "patch_size": 4})
+    run(images, models, steps=1, name="odd", overrides={"image_size": 18, "local_size": 6}, note=said.append)
+    assert any("dino is no start for them" in line for line in said)
+    for name in ("five", "odd"):
+        assert "start" not in open_model(models / name).trained
+    with pytest.raises(UsageError, match=r"--from dino takes images of 3 channels, not 5.*scratch"):
+        run(images, models, start="dino", steps=1, overrides={"channels": 5})
+
+
+def test_a_stopped_run_is_no_worse_than_its_start_either(
+    images: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(course, "improved", lambda *_: False)
+    report = run(images, models, start="cats", steps=50, name="stopped", stop=stops_after(6))
+    assert report.stopped
+    start = weights(models / "cats")
+    assert all(torch.equal(start[name], tensor) for name, tensor in weights(models / "stopped").items())
+
+
+def test_a_recipe_of_a_model_that_learnt_from_another_wants_one(images: Path, models: Path) -> None:
+    run(images, models, start="cats", steps=1, name="first")
+    page = (models / "first" / "README.md").read_text()
+    assert "--config model.json --from cats" in page
+    recipe = models / "first" / "model.json"
+    with pytest.raises(UsageError, match=r"learnt from cats.*--from"):
+        read_config(recipe)
+    again = run(images, models, start="cats", steps=1, name="again", overrides=read_config(recipe, start="cats"))
+    first = open_model(models / "first")
+    assert open_model(Path(again.model)).trained["recipe"] == first.trained["recipe"]
+    assert read_config(recipe, start="scratch")["arch"] == FACTS.arch

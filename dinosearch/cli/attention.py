@@ -43,6 +43,10 @@ def attention(
     except BadImage as bad:
         raise DinosearchError(f"{image} cannot be read: {bad.reason}. Name an image file") from bad
     vit = resolve_model(model, models=models_path(), note=show.note)
+    if vit.channels != 3:
+        raise DinosearchError(
+            f"{vit.name} takes images of {vit.channels} channels, and only RGB is drawn. Choose a --model of RGB images"
+        )
     drawn = draw(vit, picture, short_side=size or TIMES_LARGER * vit.image_size)
     target = out or Path(f"{image.stem}-attention.png")
     if vit.pooling != "token":

@@ -37,7 +37,7 @@ def train(
         str,
         typer.Option(help="auto, dino, dinov2 (masked patches too; for a million images or more), or distill."),
     ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal runs.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Equal seeds give equal runs; 0 without.")] = None,
     device: DeviceOption = "auto",
     arch: Annotated[str | None, typer.Option(help="Any vision transformer of timm by name.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the square the model sees, in pixels.")] = None,
@@ -128,7 +128,7 @@ def train(
         "local_crops": local_crops,
         "local_size": local_size,
     }
-    overrides = read_config(config_file) if config_file else {}
+    overrides = read_config(config_file, start=start, teacher=teacher) if config_file else {}
     overrides |= parse_settings(settings or [])
     overrides |= {option: value for option, value in options.items() if value is not None}
     config = TrainConfig(

@@ -1,8 +1,8 @@
 """A model as files for other programs: ONNX, OpenVINO, a folder of Hugging Face transformers.
 
-ONNX and OpenVINO take uint8 [n, S, S, 3], RGB, for any n, and give the unit vectors float32 [n, dim] that an index
-holds: normalisation is inside, so what has to be done outside is to make the square. What was written is read back and
-run beside the source before it gets its name.
+ONNX and OpenVINO take uint8 [n, S, S, channels], RGB if these are three, for any n, and give the unit vectors float32
+[n, dim] that an index holds: normalisation is inside, so what has to be done outside is to make the square. What was
+written is read back and run beside the source before it gets its name.
 """
 
 import importlib.util
@@ -80,7 +80,7 @@ def export_model(model: ModelFolder, *, form: str, out: Path | None = None, note
 
 
 Embed = Callable[[np.ndarray], np.ndarray]
-"""uint8 [n, S, S, 3] → float32 [n, dim], by what was written."""
+"""uint8 [n, S, S, channels] → float32 [n, dim], by what was written."""
 
 
 def _write_onnx(model: ModelFolder, folder: Path, stem: str, note: Note) -> Embed:
@@ -122,7 +122,7 @@ def _write_openvino(model: ModelFolder, folder: Path, stem: str, note: Note) -> 
     side = model.image_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing, as above
-        graph = convert_model(_embedder(model), example_input=_example(model), input=[-1, side, side, 3])
+        graph = convert_model(_embedder(model), example_input=_example(model), input=[-1, side, side, model.channels])
     graph.inputs[0].get_tensor().set_names({"pixels"})
     graph.outputs[0].get_tensor().set_names({"vectors"})
     for key, value in _facts(model).items():
@@ -161,7 +161,7 @@ def _by_openvino(path: Path) -> Embed:
 
 
 def _embedder(model: ModelFolder) -> "torch.nn.Module":
-    """uint8 [n, S, S, 3] → unit float32 [n, dim]."""
+    """uint8 [n, S, S, channels] → unit float32 [n, dim]."""
     import torch
 
     class Embedder(torch.nn.Module):
@@ -176,7 +176,7 @@ def _embedder(model: ModelFolder) -> "torch.nn.Module":
 
 
 def _normalised(model: ModelFolder, pixels: "torch.Tensor") -> "torch.Tensor":
-    """uint8 [n, S, S, 3] → float32 [n, 3, S, S]"""
+    """uint8 [n, S, S, channels] → float32 [n, channels, S, S]"""
     import torch
 
     mean, std = torch.tensor(model.mean), torch.tensor(model.std)
@@ -186,7 +186,7 @@ def _normalised(model: ModelFolder, pixels: "torch.Tensor") -> "torch.Tensor":
 def _example(model: ModelFolder) -> "torch.Tensor":
     import torch
 
-    return torch.zeros(2, model.image_size, model.image_size, 3, dtype=torch.uint8)
+    return torch.zeros(2, model.image_size, model.image_size, model.channels, dtype=torch.uint8)
 
 
 def _compare(model: ModelFolder, embed: Embed) -> tuple[float, float]:
@@ -194,7 +194,7 @@ def _compare(model: ModelFolder, embed: Embed) -> tuple[float, float]:
     import torch
 
     side = model.image_size
-    pixels = np.random.default_rng(0).integers(0, 256, (N_COMPARED, side, side, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (N_COMPARED, side, side, model.channels), dtype=np.uint8)
     with torch.inference_mode():
         wanted = _embedder(model)(torch.from_numpy(pixels)).numpy()
     found = embed(pixels)
@@ -216,7 +216,8 @@ def _facts(model: ModelFolder) -> dict[str, Any]:
 
 def _description(model: ModelFolder, form: str) -> str:
     """What one has to know to use the file: JSON, for people and programs."""
-    side = model.image_size
+    side, channels = model.image_size, model.channels
+    colours = "RGB" if channels == 3 else "grey" if channels == 1 else "bands or pages of a TIFF in order"
     square = {
         "crop": f"scale the short side to {round(side / model.crop_pct)}, cut out the centre",
         "pad": "scale the long side to it, add borders of RGB 124, 116, 104",
@@ -225,13 +226,13 @@ def _description(model: ModelFolder, form: str) -> str:
     square += f"; {model.interpolation}, antialiased; upright by EXIF"
     inside = (
         {
-            "input": f"pixel_values: float32 [n, 3, {side}, {side}], RGB, (x / 255 - mean) / std, as "
+            "input": f"pixel_values: float32 [n, {channels}, {side}, {side}], {colours}, (x / 255 - mean) / std, as "
             "preprocessor_config.json says",
             "output": f"pooler_output: float32 [n, {model.dim}], not of unit length",
         }
         if form == "hf"
         else {
-            "input": f"pixels: uint8 [n, {side}, {side}, 3], RGB, any n; normalisation is inside",
+            "input": f"pixels: uint8 [n, {side}, {side}, {channels}], {colours}, any n; normalisation is inside",
             "output": f"vectors: float32 [n, {model.dim}], of unit length: their dot product is the score",
         }
     )

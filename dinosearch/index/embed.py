@@ -117,6 +117,8 @@ class Embedding:
         # Guards the two below together with the catalog's rows they stand for.
         self._lock = threading.Lock()
         self._under_way: set[tuple[str, bool]] = set()
+        self._unread: dict[tuple[str, bool], list[Content | None]] = {}
+        """Of contents that could not be read this time, for copies that waited; the catalog does not keep them."""
         self._waiting: defaultdict[tuple[str, bool], list[_File]] = defaultdict(list)
         self._pace = Pace()
         self._began = self._ended = self._saved = time.monotonic()
@@ -317,7 +319,7 @@ class Embedding:
         with self._pace.spending("write"), self._lock:
             if not file.states and file.key not in self._under_way:
                 # The copy under way has ended since the reader thread saw it.
-                file.states = list(self._known(file) or [])
+                file.states = list(self._known(file) or self._unread.get(file.key, []))
             if file.states:
                 self._catalog.put_files(self._finish(file))
             else:
@@ -329,6 +331,8 @@ class Embedding:
         files = [file, *(self._waiting.pop(file.key, []) if content else [])]
         if content:
             self._under_way.discard(file.key)
+            if file.states and file.states[0] is not None and file.states[0].status == UNREADABLE:
+                self._unread[file.key] = [file.states[0]]
         rows = []
         for each in files:
             of_file = list(self._rows(each, [state for state in file.states if state]))

@@ -1,11 +1,13 @@
 """Which FAISS type suits so many vectors, trained on a sample and tuned until it finds what it should.
 
-Below EXACT_BELOW vectors everything is compared with everything. Above it a graph of neighbours is walked (HNSW) whose
-codes are two bytes for each number, and the best candidates are compared exactly. Graph and codes are mapped from the
-file, so a reader needs next to no memory of its own. Where memory does not suffice to build that, an inverted file
-of 4-bit product codes is scanned: of the quarter of the directions that varies most, turned at random, half of a byte
-for each (`PCAR{m},IVF{nlist},PQ{m}x4fsr`); with half of the directions if that is not enough. Measured on one core with
-a million embeddings of 384 numbers: docs/benchmarks.md.
+Below EXACT_BELOW vectors everything is compared with everything. Above it a graph of neighbours is walked (HNSW) over
+the few directions in which the vectors vary most, two bytes for each, and the best candidates are compared by the
+stored numbers (`PCA{m},HNSW16_SQfp16,Refine(SQfp16)`). How few, a sample tells: the walk is to lose next to nothing by
+them. Where half do not suffice, or the target is missed, it is a graph of the whole vectors. Graph and codes are mapped
+from the file, so a reader needs next to no memory of its own. Where memory does not suffice to build that, an inverted
+file of 4-bit product codes is scanned: of the quarter of the directions that varies most, turned at random, half of a
+byte for each (`PCAR{m},IVF{nlist},PQ{m}x4fsr`); with half of the directions if that is not enough. Measured on one core
+with a million embeddings of 384 numbers: docs/benchmarks.md.
 
 Protocol of the tuning: N_QUERIES stored vectors, drawn at random, are held out: neither trained on nor added. They are
 asked for, as new images would be, and their 10 nearest among the others come from brute force. On one half of them the
@@ -17,6 +19,7 @@ are equally right.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +31,7 @@ import numpy as np
 from dinosearch.images.machine import memory_bytes
 from dinosearch.index.exact import BLOCK, nearest
 from dinosearch.index.reader import unit
-from dinosearch.index.stored import MOST_CANDIDATES, Stored, TunedStored, tuned_class
+from dinosearch.index.stored import GraphStored, Stored, TunedStored, tuned_class
 
 EXACT_BELOW = 100_000
 """Vectors: comparing so many of 384 numbers took 6 ms on one core, 50,000 took 3 ms, not worth a training."""
@@ -53,6 +56,9 @@ _SUPER_KMEANS = (1024, 128)  # from so many lists and numbers per vector on it i
 _STANDARD_ERRORS = 1  # to spare; the other half, which has to reach the target too, is the second safeguard
 _TUNINGS = 3  # of a type, before it is given up
 _TIMED = 60  # queries of each pair
+_KEPT = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # directions: multiples of what a register holds
+_REDUCED_CANDIDATES = (12, 24)  # of so many by few directions the 10 nearest are chosen; more cost more than they save
+_MISSED_BY_DIRECTIONS = 0.1  # of what may be missed; the walk misses the rest
 _WALKED = 16384  # vectors whose neighbours are gathered at a time: 2 MB of links
 _SHARE_OF_MEMORY = 0.25  # of the machine's, for what FAISS cannot map
 
@@ -80,12 +86,9 @@ def tuned_type(
     ids int64 [n], vectors float16 [n, dim] and their lengths float32 [n]; max_memory as in `candidate_types`.
     """
     budget = _budget(max_memory)
-    names = candidate_types(len(ids), halves.shape[1], max_memory=budget)
+    n, dim = halves.shape
+    names = candidate_types(n, dim, kept=fewest_directions(halves, recall=recall), max_memory=budget)
     promising = [name for name in names if within_reach(name, halves, norms, recall=recall)]
-    missed = f"does not find {recall:.0%} of the 10 nearest of these vectors"
-    for name in names:
-        if name not in promising:
-            note(f"{name} {missed}")
     if promising:
         held_out = held_out_queries(len(ids))
         queries = unit(halves[held_out])
@@ -93,7 +96,7 @@ def tuned_type(
         truth = true_tenth(queries, others, len(halves) - len(held_out))
     for name in promising:
         built = build(name, ids, halves, norms, held_out=held_out)
-        if "HNSW" in name and 2 * len(ids) * (2 * halves.shape[1] + _GRAPH_BYTES) <= budget:
+        if _is_graph(name) and 2 * _graph_bytes(name, n, dim) <= budget:
             lay_neighbours_together(built.index)
         asked = recall
         for _ in range(_TUNINGS):
@@ -105,27 +108,73 @@ def tuned_type(
                 add(tuned, held_out)
                 return tuned, measured
             asked += recall - measured.recall_at_10  # what held for one half did not for the other: ask for more
-        note(f"{name} {missed}")
+    for name in names:
+        note(f"{name} does not find {recall:.0%} of the 10 nearest of these vectors")
     note("every query is compared with all vectors" + ("" if names else ": too little memory for anything quicker"))
     return None
 
 
-def candidate_types(n: int, dim: int, *, max_memory: int | None = None) -> list[str]:
+def candidate_types(n: int, dim: int, *, kept: int | None = None, max_memory: int | None = None) -> list[str]:
     """FAISS factory strings to try in turn, quickest first; none where only exact search is left.
 
-    Where a graph fits nothing else is tried: vectors in which it misses the target have no order for lists either.
-    max_memory: bytes that building, or a reader's private memory, may take; by default a quarter of the machine's.
+    Where the graph of whole vectors fits no lists are tried: vectors in which it misses the target have no order for
+    lists either. kept: directions that a graph may do with, as `fewest_directions` says. max_memory: bytes that
+    building, or a reader's private memory, may take; by default a quarter of the machine's.
     """
     nlist = 1 << max(4, round(np.log2(4 * n**0.5)))
     budget = _budget(max_memory)
-    names = []
-    if dim >= _LEAST_DIM and n * (2 * dim + _GRAPH_BYTES) <= budget:
-        return [f"IDMap,HNSW{_LINKS}_SQfp16"]
+    whole = f"HNSW{_LINKS}_SQfp16"
+    graphs = [f"IDMap,PCA{kept},{whole},Refine(SQfp16)"] if kept is not None else []
+    graphs += [f"IDMap,{whole}"] if dim >= _LEAST_DIM else []
+    names = [name for name in graphs if _graph_bytes(name, n, dim) <= budget]
+    if graphs and names[-1:] == graphs[-1:]:
+        return names
     for share in (4, 2):
         kept = dim // share
         if kept >= _LEAST_KEPT and n * (kept / 2 + 8) + 4 * kept * (nlist + dim) <= budget:
             names.append(f"PCAR{kept},IVF{nlist},PQ{kept}x4fsr")
     return names
+
+
+def fewest_directions(halves: np.ndarray, *, recall: float) -> int | None:
+    """So many of the directions in which vectors vary most let a graph find what it is to find; None if half do not.
+
+    Asked of a sample by brute force: are the 10 nearest, but for a tenth of what may be missed, among a few more that
+    are nearest by these directions alone? Among many vectors the nearest are nearer to each other, so that more have
+    to be compared again: `tune` finds how many.
+    """
+    n, dim = halves.shape
+    random = np.random.default_rng(3)
+    sample = unit(halves[np.sort(random.choice(n, min(n, PROBED), replace=False))])
+    asked = random.choice(len(sample), min(_PROBES, len(sample) // 20), replace=False)
+    if len(asked) == 0:
+        return None
+    others = np.delete(sample, asked, axis=0)
+    directions = np.linalg.eigh(np.cov(others.T))[1][:, ::-1].astype(
+        np.float32
+    )  # [dim, dim], those of most variance first
+    queries, turned = sample[asked] @ directions, others @ directions
+    true = np.argpartition(queries @ turned.T, -K, axis=1)[:, -K:]
+    most_missed = (1 - recall) * _MISSED_BY_DIRECTIONS
+    for n_candidates in _REDUCED_CANDIDATES:
+        for kept in (kept for kept in _KEPT if kept <= dim // 2):
+            scores = queries[:, :kept] @ turned[:, :kept].T
+            near = np.argpartition(scores, -n_candidates, axis=1)[:, -n_candidates:]
+            found = (true[:, :, None] == near[:, None, :]).any(axis=2).mean()
+            if 1 - found <= most_missed:
+                return kept
+    return None
+
+
+def _is_graph(name: str) -> bool:
+    return issubclass(tuned_class(name), GraphStored)
+
+
+def _graph_bytes(name: str, n: int, dim: int) -> int:
+    """What building a graph takes: links, and the numbers that it walks over and compares."""
+    reduced = re.search(r"PCA(\d+)", name)
+    numbers = dim + int(reduced[1]) if reduced else dim
+    return n * (2 * numbers + _GRAPH_BYTES)
 
 
 def _budget(max_memory: int | None) -> int:
@@ -140,15 +189,15 @@ def build(name: str, ids: np.ndarray, halves: np.ndarray, norms: np.ndarray, *, 
     index: Any = faiss.index_factory(dim, name, faiss.METRIC_INNER_PRODUCT)
     random = np.random.default_rng(0)
     allowed = np.delete(np.arange(n), held_out)
-    graph = "HNSW" in name
+    graph = _is_graph(name)
     wanted = _CODE_POINTS if graph else max(_CODE_POINTS, _POINTS_PER_LIST * faiss.extract_index_ivf(index).nlist)
     size = min(len(allowed), wanted)
     sample = unit(halves[np.sort(random.choice(allowed, size, replace=False))])
     random.shuffle(sample)
     if graph:
-        inner: Any = faiss.downcast_index(index.index)
-        inner.hnsw.efConstruction = _EF_CONSTRUCTION
+        _graph_of(index).hnsw.efConstruction = _EF_CONSTRUCTION
         index.train(sample)
+        _without_bias(index)
     else:
         _train_lists(index, sample)
     stored = tuned_class(name)(name, ids, halves, norms, index)
@@ -173,7 +222,7 @@ def lay_neighbours_together(index: Any) -> None:
     """
     import faiss
 
-    graph: Any = faiss.downcast_index(index.index)
+    graph = _graph_of(index)
     n, n_links = graph.ntotal, graph.hnsw.nb_neighbors(0)
     if n == 0:
         return
@@ -196,7 +245,29 @@ def lay_neighbours_together(index: Any) -> None:
         found += len(near)
     order[found:] = np.flatnonzero(~seen)
     graph.permute_entries(order)
+    if hasattr(inner := faiss.downcast_index(index.index), "refine_index"):
+        faiss.downcast_index(inner.refine_index).permute_entries(order)
     faiss.copy_array_to_vector(faiss.vector_to_array(index.id_map)[order], index.id_map)
+
+
+def _graph_of(index: Any) -> Any:
+    """The graph within an IndexIDMap, on its own or below directions and what compares its candidates again."""
+    import faiss
+
+    inner: Any = faiss.downcast_index(index.index)
+    while not hasattr(inner, "hnsw"):
+        inner = faiss.downcast_index(inner.base_index if hasattr(inner, "base_index") else inner.index)
+    return inner
+
+
+def _without_bias(index: Any) -> None:
+    """Have a graph's directions be of the vectors as they are: products of centred ones are other products."""
+    import faiss
+
+    refine: Any = faiss.downcast_index(index.index)
+    if hasattr(refine, "base_index"):
+        projection: Any = faiss.downcast_VectorTransform(faiss.downcast_index(refine.base_index).chain.at(0))
+        projection.have_bias = False
 
 
 def _train_lists(index: Any, sample: np.ndarray) -> None:
@@ -220,7 +291,7 @@ def within_reach(name: str, halves: np.ndarray, norms: np.ndarray, *, recall: fl
     vectors have no order, as random ones. What is built quickly is not asked about.
     """
     n = len(halves)
-    if "HNSW" not in name or n < _PROBE_REPAYS * PROBED:
+    if not _is_graph(name) or n < _PROBE_REPAYS * PROBED:
         return True
     some = np.sort(np.random.default_rng(2).choice(n, PROBED, replace=False))
     halves, norms = halves[some], norms[some]
@@ -243,11 +314,11 @@ def tune(stored: TunedStored, queries: np.ndarray, *, truth: np.ndarray, recall:
     queries: unit vectors float32 [n_queries, dim] that the index does not hold; truth: `true_tenth` of them.
     """
     pairs: list[TunedStored] = []
-    most = min(stored.reranks[-1], MOST_CANDIDATES - 1, stored.index.ntotal)
     for effort in stored.efforts:
+        most = stored.most_candidates(effort)
         found = stored.candidates(queries, most, effort=effort)
         n_hits = _hits(stored, queries, found, truth).cumsum(axis=1)  # [n_queries, most]
-        for rerank in stored.reranks:
+        for rerank in [rerank for rerank in stored.reranks if rerank <= max(most, stored.reranks[0])]:
             shares = np.minimum(n_hits[:, min(rerank, most) - 1], K) / K
             if shares.mean() - _STANDARD_ERRORS * shares.std() / len(shares) ** 0.5 >= recall:
                 pairs.append(replace(stored, effort=effort, rerank=rerank))

@@ -29,7 +29,7 @@ class Forgotten:
     index: str
     files: int
     vectors: int
-    """Of all models; those of contents that other files have too stay."""
+    """Of all models, with those that no file had any more; those of contents that other files have too stay."""
     excluded: list[str]
     """Paths of those that may still be there, which the next sync passes over."""
     images: int
@@ -57,7 +57,10 @@ def forget(
         chosen = {root: _chosen(catalog, root, source, targets) for root, source in sources.items()}
         for path, same in zip(paths, spellings, strict=True):
             if not any(_is_meant(sources[root], stored, same) for root, files in chosen.items() for stored in files):
-                raise DinosearchError(f"nothing of {path} is in {index_path.name}; nothing was changed. Check the path")
+                raise DinosearchError(
+                    f"nothing of {path} is in {index_path.name}; nothing was changed. Check the path; if its file was "
+                    "deleted and that is indexed already, index --prune erases its vector"
+                )
         ids = [stored.id for files in chosen.values() for stored in files]
         n_vectors = catalog.erase_files(ids)
         excluded = []

@@ -37,6 +37,16 @@ class Limits:
         return DecoderKeys(known, f"{known}, at most {self.max_pixels} pixels")
 
 
+def left_for_vectors(model: ModelFolder, max_memory: int | None) -> int | None:
+    """Of so many bytes, those that are left beside interpreter, libraries and model; None is no bound."""
+    return None if max_memory is None else max(0, max_memory - _base_bytes(model))
+
+
+def _base_bytes(model: ModelFolder) -> int:
+    weights = model.weights_path.stat().st_size if model.weights_path.is_file() else 0
+    return _BASE_BYTES + 3 * weights // 2
+
+
 def limits_for(model: ModelFolder, *, workers: int, max_memory: int | None = None) -> Limits:
     """The limits of `workers` processes, or of fewer where `max_memory` bytes do not suffice for so many.
 
@@ -44,8 +54,7 @@ def limits_for(model: ModelFolder, *, workers: int, max_memory: int | None = Non
     """
     if max_memory is None:
         return Limits(workers, pixel_budget(workers), channels=model.channels)
-    weights = model.weights_path.stat().st_size if model.weights_path.is_file() else 0
-    base = _BASE_BYTES + 3 * weights // 2
+    base = _base_bytes(model)
     free = max_memory - base
     per_worker = _PROCESS_BYTES + _LEAST_PIXELS * BYTES_PER_PIXEL
     least = base + per_worker * 4 // 3

@@ -19,10 +19,13 @@ def indexes_path() -> Path:
 
 
 def list_indexes(indexes: Path) -> list[Path]:
-    """Indexes, newest first by the time of their creation, without those that cannot be opened or were only begun."""
+    """Indexes, newest first by the time of their creation, without those that cannot be opened or were only begun.
+
+    Hidden ones are unfinished: a merge makes its index aside.
+    """
     found = []
     for path in _folder_entries(indexes):
-        if is_index(path):
+        if is_index(path) and not path.name.startswith("."):
             try:
                 with Catalog.open(path) as catalog:
                     if catalog.roots():

@@ -31,7 +31,7 @@ from dinosearch.index import generation
 from dinosearch.index.catalog import Catalog, is_index
 from dinosearch.index.compare import Changes, View, Wanted, compare, match_moves, refuse_mass_deletion
 from dinosearch.index.embed import MOST_FRAMES, Embedding, EncoderPlan
-from dinosearch.index.limits import limits_for
+from dinosearch.index.limits import left_for_vectors, limits_for
 from dinosearch.index.lock import writer_lock
 from dinosearch.index.rows import OK, DecoderKeys, FileRow, Root, StoredFile
 from dinosearch.index.survey import GivenOptions, Shard, Survey, refuse_overlap, say_options, survey
@@ -410,8 +410,9 @@ def _finish(
         catalog.set_model(fingerprint=model.fingerprint, model=model.name, dim=model.dim)
     n_pruned = catalog.prune() if prune else 0
     if (wanted or n_pruned) and catalog.n_vectors(fingerprint=model.fingerprint):
+        left = left_for_vectors(model, max_memory)
         written = generation.write_generation(
-            catalog, fingerprint=model.fingerprint, dim=model.dim, max_memory=max_memory, note=note
+            catalog, fingerprint=model.fingerprint, dim=model.dim, max_memory=left, note=note
         )
         catalog.put_generation(written)
     catalog.commit()

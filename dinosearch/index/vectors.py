@@ -17,7 +17,7 @@ from dinosearch.index.catalog import Catalog
 from dinosearch.index.exact import nearest
 from dinosearch.index.generation import DamagedGeneration, open_generation
 from dinosearch.index.reader import unit
-from dinosearch.index.stored import Stored
+from dinosearch.index.stored import GraphStored, Stored
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Vectors:
         self._stored = stored
         self._newer_ids = newer_ids  # int64 [n_newer]
         self._newer = newer  # float32 [n_newer, dim]
+        self._singles: dict[int, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None] = {}
 
     def __len__(self) -> int:
         return len(self._newer_ids) + (len(self._stored.ids) if self._stored else 0)
@@ -47,16 +48,16 @@ class Vectors:
     def search(self, queries: np.ndarray, k: int) -> Candidates:
         """The k vectors of highest cosine for each query float32 [n_queries, dim]; k is at most len(self), and some."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if len(queries) == 1 and (single := self._single(k)):
+            ids, scores = single(queries)
+            return Candidates(ids[None], scores[None].astype(np.float64))
         stored, n_newer = self._stored, len(self._newer_ids)
         parts = []  # ids and scores, each [n_queries, k or more]
         if stored is not None:
             near = stored.search(queries, min(k, len(stored.ids)))
             # Beside newer vectors that equal them, stored ones must not differ by float32 rounding.
             scores = _scores(queries, near.positions, stored.rows) if near.scores is None or n_newer else near.scores
-            ids = stored.ids[near.positions]
-            if near.gaps:
-                ids[near.positions < 0] = -1
-            parts.append((ids, scores))
+            parts.append((near.ids, scores.astype(np.float64)))
         if n_newer:
             newer = nearest(queries, [self._newer], min(k, n_newer))[0]
             parts.append((self._newer_ids[newer], _scores(queries, newer, self._newer.__getitem__)))
@@ -64,10 +65,17 @@ class Vectors:
             parts[0] if len(parts) == 1 else (np.concatenate(same, axis=1) for same in zip(*parts, strict=True))
         )
         best = np.lexsort((ids, -scores))[:, :k]
-        if len(queries) == 1:  # the same without a grid of rows: a walk of a graph is not much longer than such a thing
-            return Candidates(ids[:, best[0]], scores[:, best[0]])
         rows = np.arange(len(queries))[:, None]
         return Candidates(ids[rows, best], scores[rows, best])
+
+    def _single(self, k: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
+        """The quick way for single queries, where a graph holds all vectors and k is not so large that it is exact."""
+        if k not in self._singles:
+            stored, single = self._stored, None
+            if isinstance(stored, GraphStored) and len(self._newer_ids) == 0 and not stored.is_exact(k):
+                single = stored.single_search(k)
+            self._singles[k] = single
+        return self._singles[k]
 
     def only(self, ids: np.ndarray) -> Vectors:
         """Those of some ids int64 [n], rising, that are there: copied into memory and searched exactly."""

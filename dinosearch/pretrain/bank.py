@@ -21,6 +21,7 @@ import numpy as np
 from dinosearch.errors import DinosearchError
 from dinosearch.images import BadImage, Fit, Picture, memory_bytes, n_cores
 from dinosearch.images.workers import DecodePool
+from dinosearch.pretrain.distributed import ALONE, Team
 from dinosearch.pretrain.gather import TrainingImage, square_again, squares_of
 from dinosearch.vit.folder import write_whole
 
@@ -55,6 +56,7 @@ class ImageBank:
 
     channels: what is decoded. Of 3, `grey` says to keep one until the first image with colour makes it three.
     limit: bytes that the squares may take, in memory or on disk; None is what there is of either.
+    team: the processes that each have such a bank; those on one machine share what there is, and the limit.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class ImageBank:
         folder: Path,
         channels: int = 3,
         limit: int | None = None,
+        team: Team = ALONE,
     ) -> None:
         self.failed: list[tuple[str, BadImage]] = []
         """Paths of images without usable pixels, and why."""
@@ -74,7 +77,8 @@ class ImageBank:
         self._pool = pool
         self._fit = Fit(side, mode="squash", channels=channels)
         self._folder = folder
-        self._limit = limit
+        self._limit = None if limit is None else limit // team.n_beside
+        self._team = team
         self._n = 0
         self._again: list[TrainingImage] = []
         """Of each image that can be read, how to do it again."""
@@ -85,7 +89,7 @@ class ImageBank:
         self._n_kept = 0
         self._room = 0
         self._pixels = self._allocate(1 if grey and channels == 3 else channels)
-        self._threads = ThreadPoolExecutor(n_cores(), thread_name_prefix="bank")
+        self._threads = ThreadPoolExecutor(max(1, n_cores() // team.n_beside), thread_name_prefix="bank")
         self._coming: dict[int, Future[np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -195,12 +199,13 @@ class ImageBank:
     def _allocate(self, channels: int) -> np.ndarray:
         """Room for as many squares as may be kept. Raises DinosearchError where it is too little."""
         square = channels * self._fit.image_size**2
-        in_memory = int(SHARE_OF_MEMORY * memory_bytes())
+        n_beside = self._team.n_beside
+        in_memory = int(SHARE_OF_MEMORY * memory_bytes()) // n_beside
         n = len(self._images)
         wanted = n * square if self._limit is None else min(n * square, self._limit)
         if wanted > in_memory:
             self._folder.mkdir(parents=True, exist_ok=True)
-            wanted = min(wanted, max(in_memory, int(SHARE_OF_DISK * shutil.disk_usage(self._folder).free)))
+            wanted = min(wanted, max(in_memory, int(SHARE_OF_DISK * shutil.disk_usage(self._folder).free) // n_beside))
         self._room = wanted // square
         n_streamed = sum(image.source.sequential for image in self._images)
         if n_streamed > self._room:
@@ -212,7 +217,7 @@ class ImageBank:
         shape = (self._room, channels, self._fit.image_size, self._fit.image_size)
         if wanted <= in_memory or not self._room:
             return np.empty(shape, dtype=np.uint8)
-        path = self._folder / f"bank-{channels}.u8"
+        path = self._folder / f"bank-{channels}-{self._team.rank}.u8"
         bank = np.memmap(path, dtype=np.uint8, mode="w+", shape=shape)
         path.unlink()  # the space is given back when the process ends, however it ends
         return bank

@@ -68,8 +68,8 @@ def card(model: ModelFolder, *, curves: bool) -> str:
         parts += ["## How it went", _outcome(trained), *_alarms(trained)]
     parts += [
         "## Recipe",
-        f"Seed {trained['seed']}. `dinosearch train IMAGES --config model.json`, with the file beside this page, "
-        "trains by it again.",
+        f"Seed {trained['seed']}. `dinosearch train IMAGES --config model.json{_learnt_from(trained)}`, with the file "
+        "beside this page, trains by it again.",
         _recipe(trained),
         "## Limits",
         "It knows what its images show and little else: on other kinds of images a released model will do better. "
@@ -96,8 +96,8 @@ def _use(model: ModelFolder) -> str:
             f"                            checkpoint_path='models/{model.name}/weights.safetensors').eval()",
             "",
             *_pooling(model),
-            f"{takes} float32 [n, 3, {model.image_size}, {model.image_size}], (x / 255 − mean) / std, with mean "
-            f"{_short(model.mean)} and std {_short(model.std)}.",
+            f"{takes} float32 [n, {model.channels}, {model.image_size}, {model.image_size}], (x / 255 − mean) / std, "
+            f"with mean {_short(model.mean)} and std {_short(model.std)}.",
         ]
     )
 
@@ -121,6 +121,12 @@ def _pooling(model: ModelFolder) -> list[str]:
 def _failed(trained: Mapping[str, Any]) -> str:
     failed = trained.get("failed", 0)
     return f"; {failed:,} more could not be read" if failed else ""
+
+
+def _learnt_from(trained: Mapping[str, Any]) -> str:
+    """Options that name the models which training began with."""
+    options = {"start": "--from", "teacher": "--teacher"}
+    return "".join(f" {option} {trained[role]['model']}" for role, option in options.items() if trained.get(role))
 
 
 def _origins(trained: Mapping[str, Any]) -> list[str]:

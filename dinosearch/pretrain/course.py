@@ -38,8 +38,9 @@ LOOK_EVERY = 50
 MEASURE_EVERY = 200
 """Steps between measurements of quality: each costs about two steps, so all of them some 1 % of a run."""
 
-Evaluate = Callable[[nn.Module, ModelFacts], float]
-"""Accuracy, 0..1, of a backbone in eval mode whose inputs are made as the facts say; whoever calls knows labels."""
+Evaluate = Callable[[nn.Module, ModelFacts], tuple[float, int]]
+"""Accuracy, 0..1, of a backbone in eval mode whose inputs are made as the facts say, and the number of images that it
+is a share of; whoever calls knows labels."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Course:
         self.evaluate = evaluate
         self.select = select
         self._measured: Look | None = None
+        self._looked_loss: float | None = None  # what a GPU need not be waited for
         self._rows = sample_rows(len(bank), batch_size=run.recipe.batch_size)
         self._losses: deque[Tensor] = deque(maxlen=LOOK_EVERY)
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
@@ -190,7 +192,7 @@ class Course:
             )
             last = step >= self.plan.total_steps
             if step % LOOK_EVERY == 0 or last or n_made == 1:
-                loss = self.mean_loss()
+                loss = self._looked_loss = self.mean_loss()
                 self.health = self.guard.look(outcome, loss=loss)
                 judged = step % LOOK_EVERY == 0 or last  # never at a step that a resumed run would not look at
                 alarm = self.guard.judge(self.health, loss=loss, step=step, done=done) if judged else None
@@ -228,7 +230,7 @@ class Course:
             self.plan.total_steps,
             images_per_second=self.run.recipe.batch_size / recent if recent else None,
             seconds_left=(self.plan.total_steps - step) * recent if recent else None,
-            loss=self.mean_loss(),
+            loss=self.mean_loss() if self.run.device.type == "cpu" else self._looked_loss,
             health=self.health,
             quality=self.quality,
             knn_top1=self.knn_top1,
@@ -259,12 +261,13 @@ class Course:
         backbone = self.run.teacher.backbone
         self.quality = self._quality_of(backbone)
         measured: dict[str, Any] = dict(self.quality.facts())
+        score, n = self.quality.recall_at_1, len(self._rows)
         if self.evaluate is not None:
-            self.knn_top1 = self.evaluate(backbone, self.run.facts)
+            self.knn_top1, n_asked = self.evaluate(backbone, self.run.facts)
             measured["knn_top1"] = round(self.knn_top1, 4)
-        by_labels = self.select == "labels" and self.knn_top1 is not None
-        score = self.knn_top1 if by_labels and self.knn_top1 is not None else self.quality.recall_at_1
-        self._measured = Look(step=step, score=score, n=len(self._rows), measured={"step": step, **measured})
+            if self.select == "labels":
+                score, n = self.knn_top1, n_asked
+        self._measured = Look(step=step, score=score, n=n, measured={"step": step, **measured})
         self.best.offer(self._measured, backbone)
         return measured
 
@@ -334,7 +337,7 @@ class Course:
                     f"{last.score:.3f} at the end"
                 )
         origin: dict[str, Any] = {}
-        if self.run.start is not None and not stopped:
+        if self.run.start is not None:
             backbone, judged = self._start_unless_improved(backbone, self.run.start)
             origin = {"start": {**self.trained["start"], **judged}}
             quality = judged["quality"] if judged["exported"] else quality

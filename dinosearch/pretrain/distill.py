@@ -90,8 +90,12 @@ class Distillation(Objective):
 
     def terms(self, forwarded: Forwarded, *, done: float) -> Terms:
         temperature = self.teacher_temperature(done)
+        features, wanted = (  # of all processes: who is near whom depends on all of a batch
+            self.team.gather(forwarded[name].unflatten(0, (2, -1)), dim=1).flatten(0, 1)
+            for name in ("features", "wanted_vectors")
+        )
         parts = {
-            "neighbours": neighbour_loss(forwarded["features"], forwarded["wanted_vectors"], temperature=temperature),
+            "neighbours": neighbour_loss(features, wanted, temperature=temperature),
             "class": feature_loss(forwarded["projected"], forwarded["wanted"]),
             "patch": feature_loss(forwarded["projected_patches"], forwarded["wanted_patches"]),
         }

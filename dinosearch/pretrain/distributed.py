@@ -29,6 +29,8 @@ class Team:
 
     rank: int = 0
     size: int = 1
+    n_beside: int = 1
+    """Of them, those on this machine, which share its memory, disk and cores."""
 
     @property
     def leads(self) -> bool:
@@ -125,7 +127,7 @@ def teamwork(device_type: str) -> Iterator[Team]:
     with _one_line_for_lost_peers():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield Team(distributed.get_rank(), size)
+        yield Team(distributed.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     finally:
         distributed.destroy_process_group()
 

@@ -62,12 +62,13 @@ def images_digest(images: Iterable[TrainingImage]) -> str:
     return digest.hexdigest()
 
 
-def decode_pool() -> DecodePool:
+def decode_pool(*, n_beside: int = 1) -> DecodePool:
     """Processes that decode, as for an index: what hangs or crashes them is a bad image and no end of the run.
 
-    They start when the first image is decoded.
+    They start when the first image is decoded. n_beside: pools like this one that share the machine's cores.
     """
-    return DecodePool(Fit(16, mode="squash"), workers=n_cores(), max_pixels=pixel_budget(n_cores()))
+    workers = max(1, n_cores() // n_beside)
+    return DecodePool(Fit(16, mode="squash"), workers=workers, max_pixels=pixel_budget(workers * n_beside))
 
 
 def squares_of(images: Sequence[TrainingImage], pool: DecodePool) -> Iterator[tuple[TrainingImage, Picture | BadImage]]:

@@ -13,6 +13,7 @@ from typing import Any
 from dinosearch.errors import UsageError
 from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.views import ViewSettings
+from dinosearch.pretrain.warmstart import DECIDED, SCRATCH
 
 RENAMED = {"n_local": "local_crops"}
 """A setting of the recipe that the command line calls otherwise, as users think of it."""
@@ -59,10 +60,11 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     return checked(given, where="--set")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, *, start: str | None = None, teacher: str | None = None) -> dict[str, Any]:
     """The recipe in a TOML or JSON file: a model's `model.json`, or any part of what it calls `recipe`.
 
-    Raises UsageError when the file cannot be read or holds something else.
+    start, teacher: the models given beside it; what a start decides is then not taken from the file. Raises UsageError
+    when the file cannot be read or holds something else, or where its model learnt from another that is not given.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -75,6 +77,13 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path} holds no table of settings. Write name = value lines, or use a model.json")
     if isinstance(facts.get("trained"), dict):
         facts = facts["trained"]
+    learnt_from = {"start": (start, "--from"), "teacher": (teacher, "--teacher")}
+    for role, (given, option) in learnt_from.items():
+        if isinstance(origin := facts.get(role), dict) and given is None:
+            raise UsageError(
+                f"--config {path} is of a model that learnt from {origin.get('model')}: give that, or another, "
+                f"with {option}"
+            )
     if isinstance(facts.get("recipe"), dict):
         facts = facts["recipe"]
     views = facts.get("views")
@@ -82,6 +91,8 @@ def read_config(path: Path) -> dict[str, Any]:
         views if isinstance(views, dict) else {}
     )
     flat.pop(FOLLOWS_IMAGE_SIZE, None)
+    if start not in (None, SCRATCH):
+        flat = {name: value for name, value in flat.items() if name not in DECIDED}
     return checked({RENAMED.get(name, name): value for name, value in flat.items()}, where=f"--config {path}")
 
 

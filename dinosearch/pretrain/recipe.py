@@ -211,15 +211,15 @@ def plan_recipe(
     _check_word("--method", method, METHODS)
     out_dim = decide("out_dim", *_out_dim(survey.n_images))
     small = not by_name and not (accelerator and image_size >= 96)
-    lr = decide("lr", *(_paper_lr(batch_size) if by_name else _own_lr(batch_size)))
+    lr = decide("lr", *(_own_lr(batch_size) if small else _paper_lr(batch_size)))
     if small and method == "dino":
         optimizer = decide("optimizer", "muon", "a small model learns faster with it than with adamw")
         pooling = decide("pooling", "avg", "the mean of all patches; a small model is slow to teach a class token")
         stripes = decide("stripes", *(_stripes(image_size // patch_size) if pooling == "avg" else (1, "no mean")))
-        momentum = decide("teacher_momentum", *_momentum(steps))
     else:
-        optimizer, pooling, momentum = Recipe.optimizer, Recipe.pooling, Recipe.teacher_momentum
-        stripes = Recipe.stripes
+        optimizer, pooling, stripes = Recipe.optimizer, Recipe.pooling, Recipe.stripes
+    momentum = Recipe.teacher_momentum if method == "dinov2" else decide("teacher_momentum", *momentum_for(steps))
+    usual = {name: decide(name, getattr(Recipe, name), why) for name, why in USUAL.items()} if method == "dino" else {}
     arch_kwargs: dict[str, Any] = {"img_size": image_size}
     if patch_size != native_patch:
         arch_kwargs["patch_size"] = patch_size
@@ -261,6 +261,7 @@ def plan_recipe(
         teacher_momentum=momentum,
         pooling=pooling,
         stripes=stripes,
+        **usual,
     )
     if not small:
         recipe = replace(recipe, head_hidden_dim=2048, head_bottleneck_dim=256, drop_path_rate=0.1)
@@ -332,6 +333,14 @@ def _channels(survey: Survey, choices: "_Choices") -> tuple[int, tuple[float, ..
     return n, mean, std
 
 
+USUAL = {
+    "teacher_temperature": "sharp from the start: it tends to collapse above 0.07",
+    "student_temperature": "as in DINO",
+    "warmup": "that share of the run, however long: the learning rate rises, then falls along a cosine",
+    "weight_decay": "as in DINO, from the start to the end",
+    "koleo_weight": "keeps features apart; short runs gain from it",
+}
+"""What dino takes as it is, and why."""
 OWN = "the architecture's own"
 TINY = 40
 """Pixels a side; up to here crops are gentler. After 40,000 images of Fashion-MNIST, k-NN accuracy was 0.785 to 0.807
@@ -441,7 +450,7 @@ def _out_dim(n_images: int) -> tuple[int, str]:
 
 
 def usual_lr(batch_size: int) -> float:
-    """What suits a small model, by the square root of the batch size; larger ones want no more."""
+    """What suits a small model, by the square root of the batch size."""
     return SMALL_LR * math.sqrt(batch_size / 64)
 
 
@@ -456,7 +465,7 @@ def _paper_lr(batch_size: int) -> tuple[float, str]:
 SMALL_LR = 1e-3
 
 
-def _momentum(steps: int | None) -> tuple[float, str]:
+def momentum_for(steps: int | None) -> tuple[float, str]:
     """Half of what the teacher was is gone after a twentieth of a short run, or after 69 steps of a longer one."""
     longest = 0.99
     if steps is None or steps == 0:

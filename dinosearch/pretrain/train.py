@@ -6,10 +6,11 @@ state that a resumed process would lack: a run that was interrupted ends with th
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,14 @@ from dinosearch.pretrain.gather import TrainingImage, decode_pool, gather_images
 from dinosearch.pretrain.logs import check_logs, open_logs
 from dinosearch.pretrain.memory import available_bytes, forecast, out_of_memory_explained, ways_to_save
 from dinosearch.pretrain.plan import plan_from_facts, plan_length
-from dinosearch.pretrain.recipe import Reason, Recipe, plan_recipe, recipe_from_facts, usual_batch_size
+from dinosearch.pretrain.recipe import (
+    Reason,
+    Recipe,
+    momentum_for,
+    plan_recipe,
+    recipe_from_facts,
+    usual_batch_size,
+)
 from dinosearch.pretrain.run import Run
 from dinosearch.pretrain.warmstart import (
     DECIDED,
@@ -48,6 +56,8 @@ from dinosearch.vit.resolve import resolve_model
 
 FAILED = "failed.jsonl"
 """Lists the images that were left out, in the run's folder."""
+SOURCES = "sources.json"
+"""Where the images of a run are, in its folder: by that `--resume` without a name finds it."""
 BANK_MARGIN = 8 / 7
 """Squares are kept this much larger than the crops made of them, if the images have the pixels (256 for 224)."""
 
@@ -68,8 +78,8 @@ class TrainConfig:
     """Passes over the images."""
     minutes: float | None = None
     """Wall-clock budget of the whole run, reading included; the schedules end with it."""
-    seed: int = 0
-    """Equal seeds give equal runs, on the CPU with equal thread counts bit for bit."""
+    seed: int | None = None
+    """Equal seeds give equal runs, on the CPU with equal thread counts bit for bit; None is 0, or a resumed run's."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -118,7 +128,7 @@ def train(
     torch.set_num_threads(min(torch.get_num_threads(), n_cores()))  # a container's quota, not the host's cores
     if device.type == "cpu":
         keep_freed_memory()
-    with teamwork(device.type) as team, decode_pool() as pool:
+    with teamwork(device.type) as team, decode_pool(n_beside=team.n_beside) as pool:
         items = _train(config, device, team, pool, note=note if team.leads else quiet, stop=stop, began=began)
         yield from (item for item in items if team.leads)
 
@@ -161,7 +171,7 @@ def _train(
     checkpoint = last_checkpoint(folder / "training", note=note) if config.resume else None
     kept = checkpoint.facts if checkpoint else None
     if config.resume and kept is None:
-        note(f"{folder} has no checkpoint yet: starting over")
+        note(f"no run of these images has a checkpoint in {folder}: starting over")
     options = _scan_options(config, kept or {})
     images = gather_images(_specs(config), options, note=note)
     digest = images_digest(images)
@@ -176,6 +186,8 @@ def _train(
         note(f"resuming {folder} at step {kept['step']} of {kept['plan']['total_steps']}")
         if kept["computed_on"] != describe_machine(device, team):
             note(f"it was begun on {kept['computed_on']}, not {describe_machine(device, team)}: not bit-equal any more")
+        if kept.get("labelled") and config.evaluate is None:
+            note("it was begun with --labels: without them no accuracy is reported from here on")
         beginning = _remember(kept, config, folder=folder)
     recipe, start, mentor = beginning.recipe, beginning.start, beginning.mentor
     _check_parts(recipe, team)
@@ -192,6 +204,7 @@ def _train(
             if config.overwrite and kept is None and folder.exists():
                 remove_model(folder)
             (folder / "training").mkdir(parents=True, exist_ok=True)
+            (folder / "training" / SOURCES).write_text(json.dumps(_places(config)), encoding="utf-8")
             if start is not None and kept is None:
                 keep_start(start, folder / "training")
         team.follow(0)  # nobody writes there before
@@ -213,6 +226,7 @@ def _train(
             channels=recipe.channels,
             folder=folder / "training",
             limit=config.cache_bytes,
+            team=team,
         )
         note(f"cache: {bank}")
         for n_read in bank.read():
@@ -248,6 +262,10 @@ def _train(
         first_step = kept["step"] if kept else 0
         plan.adapt(first_step, seconds_per_step=foreseen.seconds_per_step)
         note(foreseen.told(n_steps=plan.total_steps - first_step, device=device))
+        if kept is None and plan.deadline is not None:
+            beginning = _for_length(beginning, plan.total_steps, config, note=note)
+            run.adopt(beginning.recipe)
+            trained |= {"reasons": beginning.why}
         if foreseen.device_bytes > available_bytes(device):
             note(f"that may be too much: {ways_to_save(recipe)}")
         if device.type == "cuda" and plan.repays_compiling:
@@ -256,6 +274,8 @@ def _train(
                 run.compile()
             else:
                 note("no C++ compiler found, so the model is not compiled and trains slower")
+        strict = config.strict or bool(kept and kept.get("strict"))
+        logs = config.logs or tuple((kept or {}).get("logs", ()))
         course = Course(
             run,
             bank,
@@ -272,6 +292,10 @@ def _train(
                 "computed_on": describe_machine(device, team),
                 "reasons": beginning.why,
                 "asked": _asked(config) if kept is None else kept["asked"],
+                "strict": strict,
+                "logs": logs,
+                "select": config.select,
+                "labelled": config.evaluate is not None,
                 **beginning.origins,
             },
             trained=trained | {"images": len(bank), "failed": len(bank.failed)},
@@ -280,13 +304,13 @@ def _train(
             evaluate=config.evaluate,
             select=config.select,
             logs=open_logs(
-                config.logs if team.leads else (),
+                logs if team.leads else (),
                 folder / "training",
                 config=recipe.facts() | {"seed": beginning.seed, "images": len(bank)},
                 first_step=first_step,
             ),
         )
-        yield from course.follow(checkpoint_every=config.checkpoint_every, strict=config.strict, stop=stop)
+        yield from course.follow(checkpoint_every=config.checkpoint_every, strict=strict, stop=stop)
 
 
 def _choose(
@@ -294,9 +318,12 @@ def _choose(
 ) -> _Beginning:
     """What a new run begins with, told to `note`."""
     accelerator = device.type != "cpu"
-    survey = survey_images(images, pool, channels=config.overrides.get("channels") or 3)
-    batch_size = config.overrides.get("batch_size") or usual_batch_size(len(images), accelerator)[0]
     start, mentor = _start(config, n_images=len(images), note=note), _mentor(config, note)
+    channels = config.overrides.get("channels") or (start.facts.channels if start else 3)
+    if mentor is not None and mentor.channels != channels:
+        raise UsageError(f"--teacher {config.teacher} takes images of {mentor.channels} channels, not {channels}")
+    survey = survey_images(images, pool, channels=channels)
+    batch_size = config.overrides.get("batch_size") or usual_batch_size(len(images), accelerator)[0]
     presets = gentle_presets(start.facts, batch_size=batch_size) if start else {}
     if mentor is not None:
         presets["local_crops"] = (0, "teacher and student see the same two crops")
@@ -312,12 +339,28 @@ def _choose(
     size = crop_size(recipe.image_size, mentor) if mentor else recipe.image_size
     return _Beginning(
         recipe,
-        seed=config.seed,
+        seed=config.seed or 0,
         grey=survey.grey,
         side=_bank_side(size, survey),
         why={reason.name: reason.why for reason in reasons},
         start=start,
         mentor=mentor,
+    )
+
+
+def _for_length(beginning: _Beginning, steps: int, config: TrainConfig, *, note: Note) -> _Beginning:
+    """What depends on the number of steps, once a time budget's is known."""
+    recipe = beginning.recipe
+    if beginning.start or recipe.method == "dinov2" or config.overrides.get("teacher_momentum") is not None:
+        return beginning
+    momentum, why = momentum_for(steps)
+    if momentum == recipe.teacher_momentum:
+        return beginning
+    note(f"teacher momentum {momentum:.4g} in so short a run: {why}")
+    return replace(
+        beginning,
+        recipe=replace(recipe, teacher_momentum=momentum),
+        why=beginning.why | {"teacher momentum": why},
     )
 
 
@@ -378,6 +421,7 @@ def _start(config: TrainConfig, *, n_images: int, note: Note) -> Start | None:
         models=config.models,
         n_images=n_images,
         image_size=given.get("image_size"),
+        channels=given.get("channels"),
         chosen=given.get("method") == "distill" or any(given.get(name) is not None for name in DECIDED),
         note=note,
     )
@@ -394,29 +438,60 @@ def _mentor(config: TrainConfig, note: Note) -> ModelFolder | None:
 
 
 def _folder_for(config: TrainConfig) -> Path:
-    """Where the model goes. Raises UsageError when the name is taken and neither --resume nor --overwrite was given."""
+    """Where the model goes. Raises UsageError for a name whose model would be lost, unless --overwrite was given."""
     if config.name is not None:
         folder = path_for(config.name, config.models)
         if folder.exists() and not (config.resume or config.overwrite):
             raise UsageError(f"{folder} exists. Choose another --name, or --resume it, or --overwrite it")
+        if config.resume and (folder / "model.json").exists() and not _begun(folder):
+            raise UsageError(
+                f"{folder} holds a model and no checkpoint to go on from. Choose another --name, or --overwrite it"
+            )
         return folder
-    if config.resume:
-        begun = list(config.models.glob(f"*/training/{PATTERN}"))
-        if not begun:
-            raise DinosearchError(f"no run in {config.models}/ has a checkpoint. Leave --resume out")
-        return max(begun, key=lambda path: path.stat().st_mtime_ns).parent.parent
+    if config.resume and (folder := _newest_run(config)) is not None:
+        return folder
     [first, *_] = open_sources(_specs(config))
     return config.models / free_name(base_name(first), config.models)
 
 
+def _newest_run(config: TrainConfig) -> Path | None:
+    """The folder of the run on these sources that wrote last. One killed before its first checkpoint counts."""
+    runs = []
+    for path in config.models.glob(f"*/training/{SOURCES}"):
+        folder = path.parent.parent
+        if _places_kept(path) == _places(config) and (_begun(folder) or not (folder / "model.json").exists()):
+            runs.append((max(file.stat().st_mtime_ns for file in path.parent.iterdir()), folder))
+    return max(runs)[1] if runs else None
+
+
+def _begun(folder: Path) -> bool:
+    return any((folder / "training").glob(PATTERN))
+
+
+def _places(config: TrainConfig) -> list[str]:
+    """The sources, those on disk by their absolute paths."""
+    return [os.path.realpath(spec) if Path(spec).exists() else spec for spec in _specs(config)]
+
+
+def _places_kept(path: Path) -> list[str] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def _refuse_other_settings(kept: Mapping[str, Any], config: TrainConfig, *, digest: str, folder: Path) -> None:
-    asked, before = _asked(config), kept["asked"]
+    asked, before = _asked(config), kept["asked"] | {"seed": kept["seed"]}
     for name, value in asked.items():
         if value is not None and value != before.get(name):
             raise UsageError(
                 f"{folder} was begun with --{name.replace('_', '-')} {before.get(name)}, not {value}. "
                 "Resume without it, or train under another --name"
             )
+    select = kept.get("select", config.select)
+    if select != config.select:
+        advice = "give it, and --labels, again" if select == "labels" else "leave --select out"
+        raise UsageError(f"{folder} was begun with --select {select}: {advice}, or train under another --name")
     if digest != kept["images_digest"]:
         raise DinosearchError(
             f"the images are not those that {folder} was begun with. Restore them, or train under another --name"
@@ -426,7 +501,7 @@ def _refuse_other_settings(kept: Mapping[str, Any], config: TrainConfig, *, dige
 def _asked(config: TrainConfig) -> dict[str, Any]:
     """The settings that a resumed run must share, as JSON keeps them."""
     limits = {"steps": config.steps, "epochs": config.epochs, "minutes": config.minutes}
-    given = limits | {"seed": config.seed or None, "from": config.start, "teacher": config.teacher}
+    given = limits | {"seed": config.seed, "from": config.start, "teacher": config.teacher}
     return json.loads(json.dumps(given | dict(config.overrides)))
 
 

@@ -6,6 +6,7 @@ order of the four jitter operations is drawn once per batch for each kind of cro
 A crop is two small matrix products (rows × image × columns), which is exact antialiased bicubic resampling.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -125,9 +126,9 @@ def resample(images: Tensor, box: Tensor, flip: Tensor, *, size: int) -> Tensor:
     """
     n, c, h, w = images.shape
     m = len(box) // n
-    box = box.to(images.device)
+    box = _on(images.device, box)
     columns = resampling_matrix(box[:, 0] * w, box[:, 2] * w, source=w, size=size)
-    columns = torch.where(flip.to(images.device)[:, None, None], columns.flip(1), columns)
+    columns = torch.where(_on(images.device, flip)[:, None, None], columns.flip(1), columns)
     rows = resampling_matrix(box[:, 1] * h, box[:, 3] * h, source=h, size=size)
     # all crops of an image in one product, so that it need not be there m times
     across = torch.bmm(images.reshape(n, c * h, w), columns.reshape(n, m * size, w).transpose(1, 2))
@@ -164,12 +165,12 @@ def distort_colours(images: Tensor, settings: ViewSettings, *, generator: torch.
 
     def factor(strength: float) -> Tensor:
         drawn = 1 + strength * (2 * _draw((n, alone), generator) - 1)
-        return torch.where(chosen[:, None], drawn, 1.0).to(images.device)[:, :, None, None]
+        return _on(images.device, torch.where(chosen[:, None], drawn, 1.0))[:, :, None, None]
 
     brightness, contrast, saturation = (
         factor(strength) for strength in (settings.brightness, settings.contrast, settings.saturation)
     )
-    turn = torch.where(chosen, settings.hue * (2 * _draw(n, generator) - 1), 0.0).to(images.device)
+    turn = _on(images.device, torch.where(chosen, settings.hue * (2 * _draw(n, generator) - 1), 0.0))
     for operation in torch.randperm(4, generator=generator).tolist():
         if operation == 0:
             images = (images * brightness).clamp(0, 1)
@@ -180,7 +181,7 @@ def distort_colours(images: Tensor, settings: ViewSettings, *, generator: torch.
             images = torch.lerp(luma(images).expand_as(images), images, saturation).clamp(0, 1)
         elif operation == 3 and channels == 3 and settings.hue > 0:
             images = turn_hue(images, turn)
-    grey = (_draw(n, generator) < settings.grayscale).to(images.device)
+    grey = _on(images.device, _draw(n, generator) < settings.grayscale)
     if channels == 3:
         images = torch.where(grey[:, None, None, None], luma(images), images)
     return images
@@ -190,7 +191,7 @@ def luma(images: Tensor) -> Tensor:
     """Brightness [n, 1, h, w] as ITU-R 601 weighs red, green and blue."""
     if images.shape[1] == 1:
         return images
-    weights = images.new_tensor([0.299, 0.587, 0.114])
+    weights = _constant((0.299, 0.587, 0.114), images.device)
     return torch.einsum("nchw,c->nhw", images, weights)[:, None]
 
 
@@ -208,7 +209,7 @@ def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     )
     hue = (hue / 6 + turn[:, None, None]) % 1.0
     # k = (n + 6h) mod 6, channel = v − c · max(0, min(k, 4 − k, 1)), n = 5, 3, 1 for red, green, blue
-    k = (hue[:, None] * 6 + hue.new_tensor([5.0, 3.0, 1.0])[None, :, None, None]) % 6
+    k = (hue[:, None] * 6 + _constant((5.0, 3.0, 1.0), hue.device)[None, :, None, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -220,7 +221,7 @@ def blur(images: Tensor, probability: float, sigma_range: tuple[float, float], *
     sigma = _draw(n, generator) * (high - low) + low
     if probability == 0 or high < SMALLEST_BLUR:
         return images
-    sigma = torch.where(chosen, sigma, 1e-3).to(images.device)[:, None, None]
+    sigma = _on(images.device, torch.where(chosen, sigma, 1e-3))[:, None, None]
     at = torch.arange(size, device=images.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * ((at[:, None] - at[None, :])[None] / sigma) ** 2)
     kernel = kernel / kernel.sum(dim=2, keepdim=True)  # [n, size, size], symmetric but at the borders
@@ -233,13 +234,25 @@ def solarize(images: Tensor, probability: float, *, generator: torch.Generator) 
     chosen = _draw(len(images), generator) < probability
     if probability == 0:
         return images
-    invert = chosen.to(images.device)[:, None, None, None] & (images >= 128 / 255)
+    invert = _on(images.device, chosen)[:, None, None, None] & (images >= 128 / 255)
     return torch.where(invert, 1 - images, images)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """[n, 1 or channels, h, w] in 0..1 → [n, channels, h, w] as the model expects them."""
-    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+    mean_, std_ = (_constant(tuple(values), images.device)[:, None, None] for values in (mean, std))
+    return (images - mean_) / std_
+
+
+def _on(device: torch.device, drawn: Tensor) -> Tensor:
+    """What the CPU drew, where it is needed; a GPU is not waited for."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32, made once: to make a tensor of numbers waits for a GPU."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class BatchGenerator(torch.Generator):

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from dinosearch.errors import UsageError
+from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.pretrain.quality import Quality
 from dinosearch.pretrain.recipe import usual_lr
 from dinosearch.vit.folder import ModelFacts, ModelFolder, Note, list_models, open_model, save_model
@@ -44,26 +44,47 @@ class Start:
 
 
 def choose_start(
-    spec: str | None, *, models: Path, n_images: int, image_size: int | None, chosen: bool, note: Note
+    spec: str | None,
+    *,
+    models: Path,
+    n_images: int,
+    image_size: int | None,
+    channels: int | None = None,
+    chosen: bool,
+    note: Note,
 ) -> Start | None:
-    """The start that `spec` names; without one, for few images, the newest released weights among `models`.
+    """The start that `spec` names; without one, for few images, the newest released weights among `models` that fit.
 
-    image_size: what the user asked for. chosen: the user chose an architecture, so nothing is started from unasked.
-    Raises ModelNotFound, or DinosearchError when the size does not fit.
+    image_size, channels: what the user asked for. chosen: the user chose an architecture, so nothing is started from
+    unasked. Raises ModelNotFound, DinosearchError when the size does not fit, UsageError when the channels do not.
     """
     if spec == SCRATCH:
         return None
     if spec is not None:
-        return open_start(resolve_model(spec, models=models, note=note), image_size=image_size)
+        start = open_start(resolve_model(spec, models=models, note=note), image_size=image_size)
+        if channels not in (None, start.facts.channels):
+            raise UsageError(
+                f"--from {spec} takes images of {start.facts.channels} channels, not {channels}: "
+                f"leave --channels out, or start with --from {SCRATCH}"
+            )
+        return start
     if chosen or n_images >= STARTS_BELOW:
         return None
-    imported = [model for model in list_models(models) if model.trained.get("method") == "imported"]
-    if imported:
+    for model in list_models(models):
+        if model.trained.get("method") != "imported" or channels not in (None, model.channels):
+            continue
+        try:
+            start = open_start(model, image_size=image_size)
+        except DinosearchError as error:
+            note(f"{n_images} images are few, but {model.path} is no start for them: {error}")
+            continue
         note(
-            f"start: {imported[0].path}, since {n_images} images are few (--from MODEL chooses another, "
+            f"start: {model.path}, since {n_images} images are few (--from MODEL chooses another, "
             f"--from {SCRATCH} none)"
         )
-        return open_start(imported[0], image_size=image_size)
+        return start
+    if channels not in (None, 3):
+        return None  # released weights are of RGB
     note(
         f"{n_images} images are few: released weights will probably do better. Put a .pth of DINO, DINOv2 or DINOv3 in "
         "place and use --from FILE, or --from timm:vit_small_patch14_reg4_dinov2.lvd142m where there is a network"
@@ -87,6 +108,7 @@ def gentle_presets(facts: ModelFacts, *, batch_size: int) -> dict[str, tuple[Any
     presets: dict[str, tuple[Any, str]] = {
         "arch": (facts.arch, own),
         "image_size": (facts.image_size, own),
+        "channels": (facts.channels, own),
         "mean": (facts.mean, own),
         "std": (facts.std, own),
         "pooling": (facts.pooling, own),

@@ -49,17 +49,17 @@ class Exam:
         self._note = note
         self._pixels: np.ndarray | None = None
 
-    def __call__(self, backbone: nn.Module, facts: ModelFacts) -> float:
-        """Share of held-out images whose class a vote of the nearest finds. The backbone is in eval mode.
+    def __call__(self, backbone: nn.Module, facts: ModelFacts) -> tuple[float, int]:
+        """Share of held-out images whose class a vote of the nearest finds, and their number. It is in eval mode.
 
         Raises DinosearchError when the labels leave nothing to tell apart.
         """
         if self._pixels is None:
             self._pixels = self._read(facts)
         vectors = _embed(backbone, self._pixels, facts)
-        found = knn_accuracy(vectors, self._labels, split=self._split, note=self._note)
+        accuracy, n_asked = knn_accuracy(vectors, self._labels, split=self._split, note=self._note)
         self._note = lambda _: None  # what there was to say of the labels is said
-        return found.top1
+        return accuracy, n_asked
 
     def _read(self, facts: ModelFacts) -> np.ndarray:
         """uint8 [n, size, size, channels]; files without usable pixels are left out, and their labels with them."""

@@ -168,13 +168,13 @@ def knn_accuracy(
     split: Sequence[str] | None = None,
     seed: int = 0,
     note: Callable[[str], None] = lambda _: None,
-) -> Knn:
-    """The k-NN vote of `probe` alone; it takes and raises the same."""
+) -> tuple[float, int]:
+    """Accuracy of the k-NN vote of `probe` alone, and the number of test images; it takes and raises the same."""
     task = pose_task(labels, split=split, seed=seed, note=note)
     train, test = vectors[task.training], vectors[task.testing]
     k = _k(task.classes[task.training])
     guess = knn_vote(train, task.classes[task.training], test, k=k)
-    return Knn(float((guess == task.truth).mean()), k)
+    return float((guess == task.truth).mean()), len(task.truth)
 
 
 def pose_task(

@@ -147,10 +147,14 @@ class OpenIndex:
 
     def files(self) -> list[IndexedFile]:
         """What can be searched, by source, path, member and frame, each with its row in `matrix()`."""
-        self._refresh()
-        sources = FollowedSources(self._catalog)
+        while True:
+            self._refresh()
+            with self._catalog.snapshot():
+                sources, live = FollowedSources(self._catalog), list(self._catalog.live_files())
+                same = self._catalog.data_version() == self._version
+            if same:  # as the vectors: nobody has written between the two
+                break
         numbers = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in self._vectors.parts())])
-        live = list(self._catalog.live_files())
         rows = np.searchsorted(numbers, [file.vector_id for file in live]).tolist()
         return [indexed_file(file, sources, row) for file, row in zip(live, rows, strict=True)]
 
