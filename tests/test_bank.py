@@ -190,19 +190,20 @@ def test_images_are_gathered_once_and_known_again_by_member_and_size(tmp_path: P
 
 
 def test_the_banks_of_a_team_share_what_the_machine_has(
-    jpeg_folder: Path, tmp_path: Path, pool: DecodePool, monkeypatch: pytest.MonkeyPatch
+    jpeg_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, square = images_of(jpeg_folder), 3 * 24 * 24
 
     def bank(rank: int, *, limit: int | None = None) -> ImageBank:
-        found = ImageBank(images, pool, side=24, grey=False, folder=tmp_path, limit=limit, team=Team(rank, 2, 2))
-        list(found.read())
+        with decode_pool(n_beside=2) as pool:
+            found = ImageBank(images, pool, side=24, grey=False, folder=tmp_path, limit=limit, team=Team(rank, 2, 2))
+            list(found.read())
         return found
 
     assert len(bank(1, limit=8 * square).pixels) == 4
     monkeypatch.setattr(bank_module, "memory_bytes", lambda: 2 * len(images) * square)  # for one, of which 0.4 is used
     unlink = Path.unlink
-    monkeypatch.setattr(Path, "unlink", lambda path: None if path.suffix == ".u8" else unlink(path))
+    monkeypatch.setattr(Path, "unlink", lambda path, **how: path.suffix == ".u8" or unlink(path, **how))
     one, other = bank(0), bank(1)
     assert isinstance(one.pixels, np.memmap)
     assert len(list(tmp_path.glob("*.u8"))) == 2, "each has its own file"

@@ -51,6 +51,8 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path
     assert done.returncode == 0, done.stderr
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     assert one.keys() == two.keys()
+    if method == "distill":  # its health is of neighbours within the parts
+        del one["health"]
     for name, tensor in one.items():
         torch.testing.assert_close(
             two[name], tensor, rtol=1e-4, atol=5e-5, msg=lambda told, name=name: f"{name} {told}"

@@ -373,7 +373,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(images: Path, tmp_path: 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert report.steps == 6
     assert any("no checkpoint at step 6" in line and "the one before stays" in line for line in said)
-    assert sorted((tmp_path / "a" / "training").iterdir()) == sorted([*before, tmp_path / "a/training/metrics.jsonl"])
+    others = [tmp_path / "a" / "training" / name for name in ("metrics.jsonl", "sources.json")]
+    assert sorted((tmp_path / "a" / "training").iterdir()) == sorted([*before, *others])
     again, _ = run(images, tmp_path, name="a", resume=True)
     assert again.fingerprint == report.fingerprint
 

@@ -266,7 +266,8 @@ def _without_bias(index: Any) -> None:
 
     refine: Any = faiss.downcast_index(index.index)
     if hasattr(refine, "base_index"):
-        projection: Any = faiss.downcast_VectorTransform(faiss.downcast_index(refine.base_index).chain.at(0))
+        reduced: Any = faiss.downcast_index(refine.base_index)
+        projection: Any = faiss.downcast_VectorTransform(reduced.chain.at(0))
         projection.have_bias = False
 
 

@@ -201,7 +201,7 @@ class GraphStored(TunedStored):
 
     effort_name = "efSearch"
     span = 10
-    reranks = (12,)  # lengths, which the walk does not see, differ by less than 0.001
+    reranks: ClassVar[tuple[int, ...]] = (12,)  # lengths, which the walk does not see, differ by less than 0.001
     enough = 1
 
     @property
@@ -214,6 +214,7 @@ class GraphStored(TunedStored):
     def _search_some(self, queries: np.ndarray, n_candidates: int, k: int) -> Near:
         n = min(n_candidates, -(-GraphStored.reranks[0] * max(k, self.span) // self.span))
         positions, ids, products = self._found(queries, n, self._parameters(self.effort, n_candidates / n))
+        assert products is not None
         if _has_gaps(ids):
             products[ids < 0] = -np.inf
         return Near(positions, ids, products / self.norms[positions])

@@ -167,8 +167,9 @@ class ImageBank:
 
     def _add(self, image: TrainingImage, picture: Picture, *, rank: int) -> None:
         channels = self._pixels.shape[1]
-        if channels == 1 and not _is_grey(picture.pixels):
-            self._widen(picture.pixels.shape[2])
+        decoded = picture.pixels.shape[2]
+        if channels < decoded and not _is_grey(picture.pixels):
+            self._widen(decoded)
         self._rank[self._n] = rank
         self._aspect[self._n] = picture.width / picture.height
         self._again.append(image)

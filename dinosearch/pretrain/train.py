@@ -4,6 +4,7 @@
 state that a resumed process would lack: a run that was interrupted ends with the tensors of one that was not.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -204,7 +205,8 @@ def _train(
             if config.overwrite and kept is None and folder.exists():
                 remove_model(folder)
             (folder / "training").mkdir(parents=True, exist_ok=True)
-            (folder / "training" / SOURCES).write_text(json.dumps(_places(config)), encoding="utf-8")
+            with contextlib.suppress(OSError):  # only --resume without a name looks for it
+                (folder / "training" / SOURCES).write_text(json.dumps(_places(config)), encoding="utf-8")
             if start is not None and kept is None:
                 keep_start(start, folder / "training")
         team.follow(0)  # nobody writes there before
@@ -448,8 +450,8 @@ def _folder_for(config: TrainConfig) -> Path:
                 f"{folder} holds a model and no checkpoint to go on from. Choose another --name, or --overwrite it"
             )
         return folder
-    if config.resume and (folder := _newest_run(config)) is not None:
-        return folder
+    if config.resume and (begun := _newest_run(config)) is not None:
+        return begun
     [first, *_] = open_sources(_specs(config))
     return config.models / free_name(base_name(first), config.models)
 
