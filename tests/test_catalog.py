@@ -9,6 +9,7 @@ from dinosearch.index import database
 from dinosearch.index import reader as reader_module
 from dinosearch.index.catalog import Catalog, FileRow
 from dinosearch.index.database import network_file_system
+from dinosearch.index.rows import DecoderKeys
 from dinosearch.index.schema import FORMAT
 
 DIM = 8
@@ -107,6 +108,30 @@ def test_members_that_are_not_utf8_are_kept_as_bytes(catalog):
     assert list(catalog.failures()) == []  # the further frame went
     catalog.move_files([(stored.id, FileRow(number, "", 1, 2, "aa", "ok", member=f"in/{member}"))])
     assert [each.member for each in catalog.stored_files(number, fingerprint="")] == [f"in/{member}"]
+
+
+def test_the_files_of_one_root_of_many_are_the_same_looked_up_alone(catalog, monkeypatch):
+    keys = DecoderKeys("old", "old, large")
+    numbers = []
+    for root in range(3):
+        number = catalog.add_root("folder", f"/photos/{root}")
+        for i in range(6):
+            content = f"{root}-{i}"
+            if i != 2:  # a good file without a vector
+                catalog.put_vectors([(content, 0, 4, 3)], unit(1), fingerprint="f" * 16)
+            catalog.put_files([FileRow(number, f"{i}.tif", 1, 2, content, "ok", frames=2)])
+            tried = "new" if i == 4 else "old"
+            row = FileRow(number, f"{i}.tif", 1, 2, content, "corrupt", "why", frame=1, decoders=tried)
+            catalog.put_files([row])
+        catalog.put_files([FileRow(number, "bad.tif", 1, 2, "bad", "corrupt", "why", decoders="old")])
+        numbers.append(number)
+    found = []
+    for repay in (1, 10**9):  # passes over all, each root by itself
+        monkeypatch.setattr(reader_module, "_PASSES_REPAY", repay)
+        found.append([list(catalog.stored_files(number, fingerprint="f" * 16, keys=keys)) for number in numbers])
+    assert found[0] == found[1]
+    for files in found[0]:
+        assert [file.path for file in files if not file.embedded] == ["2.tif", "4.tif", "bad.tif"]
 
 
 def test_what_a_table_says_of_a_file_holds_for_all_its_frames(catalog):

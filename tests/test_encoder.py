@@ -306,3 +306,25 @@ def test_a_precision_that_is_asked_for_is_used_and_named(tiny_model, engine, pre
 def test_an_unknown_precision_is_a_usage_error(tiny_model):
     with pytest.raises(UsageError, match="Choose auto, fp32, bf16 or int8"):
         open_encoder(tiny_model, precision="int4")
+
+
+def test_where_memory_is_short_batches_are_halved_and_vectors_stay(tiny_model: ModelFolder) -> None:
+    said: list[str] = []
+    engine = TorchEngine(tiny_model, device="torch-cpu", planned_images=None, note=said.append)
+    embed, most = engine._embed, 2
+
+    def short(pixels: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > most:
+            raise torch.OutOfMemoryError
+        return embed(pixels)
+
+    engine._embed = short
+    engine.batch = 8
+    pixels = squares(11)
+    vectors = Encoder(tiny_model, engine).encode(pixels)
+    assert np.allclose(vectors, reference(tiny_model, pixels), atol=1e-5)
+    assert engine.batch == 2
+    assert [line.rpartition(" ")[2] for line in said] == ["4", "2"]
+    most = 0
+    with pytest.raises(DinosearchError, match=r"too little memory for this model.*--device cpu"):
+        Encoder(tiny_model, engine).encode(pixels)

@@ -5,7 +5,7 @@ from indexing import a_model
 
 from dinosearch.errors import UsageError
 from dinosearch.images.decode import BYTES_PER_PIXEL, pixel_budget
-from dinosearch.index.limits import limits_for
+from dinosearch.index.limits import left_for_vectors, limits_for
 
 
 def test_without_a_bound_the_machines_memory_decides():
@@ -21,6 +21,15 @@ def test_all_that_may_be_held_at_once_fits_the_bound(megabytes, workers):
     assert limits.max_pixels >= 4_000_000
     held = limits.ahead_bytes + limits.workers * limits.max_pixels * BYTES_PER_PIXEL
     assert held < (megabytes - 450) << 20
+
+
+def test_faiss_may_have_what_model_and_libraries_leave():
+    model = a_model()
+    assert left_for_vectors(model, None) is None
+    left = left_for_vectors(model, 10**9)
+    assert 10**9 - (600 << 20) < left < 10**9 - (400 << 20)
+    assert left_for_vectors(model, 2 * 10**9) - left == 10**9
+    assert left_for_vectors(model, 10**6) == 0
 
 
 def test_too_little_is_refused_with_what_it_takes():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dinosearch.encoder.shortcut import skip_unread_tokens
+from dinosearch.errors import DinosearchError
 from dinosearch.images import compiler_present
 from dinosearch.vit.folder import ModelFolder, Note
 
@@ -27,7 +28,8 @@ MOST_PER_BATCH = 1024
 class TorchEngine:
     """Vectors of whole batches; on CUDA, copies from pinned memory run beside the work, a partial batch is padded.
 
-    `precision` is fp32, bf16 or auto: bf16 on CUDA GPUs that have it, fp32 elsewhere.
+    `precision` is fp32, bf16 or auto: bf16 on CUDA GPUs that have it, fp32 elsewhere. Where memory is too short for a
+    batch, it and all that follow are halved.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class TorchEngine:
         self.batch = max(1, min(MOST_PER_BATCH, PIXELS_PER_BATCH[self._device.type] // model.image_size**2))
         self.in_flight = 3 if on_gpu else 1
         self._embed = embed
+        self._note = note
         words = [f"torch {'bf16' if self._precision == torch.bfloat16 else 'fp32'} on {self._device}"]
         if on_gpu:
             words[0] += f" ({torch.cuda.get_device_name(self._device)})"
@@ -73,7 +76,31 @@ class TorchEngine:
         self.name = ", ".join(words)
 
     def start(self, pixels: np.ndarray) -> Callable[[], np.ndarray]:
-        """uint8 [n, S, S, channels] → a function that waits for float32 [n, dim]."""
+        """uint8 [n, S, S, channels] → a function that waits for float32 [n, dim].
+
+        Raises DinosearchError when there is too little memory for a single image.
+        """
+        waits: list[Callable[[], np.ndarray]] = []
+        done = 0
+        while done < len(pixels):
+            part = pixels[done : done + self.batch]
+            try:
+                waits.append(self._start(part))
+            except torch.OutOfMemoryError as error:
+                if len(part) == 1:
+                    raise DinosearchError(
+                        f"{self._device} has too little memory for this model. Free some, use a smaller one, "
+                        "or --device cpu"
+                    ) from error
+                self.batch = len(part) // 2
+                self._note(f"{self._device} has too little memory for {len(part)} images at once: taking {self.batch}")
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            done += len(part)
+        return waits[0] if len(waits) == 1 else lambda: np.concatenate([wait() for wait in waits])
+
+    def _start(self, pixels: np.ndarray) -> Callable[[], np.ndarray]:
         n = len(pixels)
         with torch.inference_mode():
             if self._device.type != "cuda":
