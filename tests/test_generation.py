@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -86,6 +87,36 @@ def test_a_large_file_is_hashed_only_where_it_is_not_the_writers_own(shop, monke
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(DamagedGeneration):
         check_files(shop.index, generation)
+
+
+def test_verify_hashes_what_a_disk_may_have_changed_by_itself(shop, monkeypatch):
+    monkeypatch.setattr(generation_module, "ALWAYS_HASHED", 0)
+    monkeypatch.setattr(generation_module, "_stamp", lambda path: path.name)  # rot changes no time
+    shop.sync()
+    with Catalog.open(shop.index) as catalog:
+        file = catalog.generation().file
+    damage(shop.index / file)
+    shop.sync()
+    with Catalog.open(shop.index) as catalog:
+        assert catalog.generation().file == file
+    shop.sync(verify=True)
+    with Catalog.open(shop.index) as catalog:
+        assert catalog.generation().file != file
+        open_vectors(catalog, note=pytest.fail)
+
+
+def test_the_files_of_a_copied_index_are_hashed_until_the_next_sync(shop, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation_module, "ALWAYS_HASHED", 0)
+    copy = replace(shop, index=tmp_path / "copy")
+    shutil.copytree(shop.index, copy.index)
+    hashed, checksum = [], generation_module._checksum
+    monkeypatch.setattr(generation_module, "_checksum", lambda path: hashed.append(path.name) or checksum(path))
+    for n_hashed in (1, 2, 2, 2):
+        with Catalog.open(copy.index) as catalog:
+            open_vectors(catalog, note=pytest.fail)
+        assert len(hashed) == n_hashed
+        if n_hashed == 1:
+            copy.sync()
 
 
 def test_a_file_that_holds_something_else_under_the_right_checksum_is_refused(tmp_path):

@@ -201,6 +201,13 @@ class Catalog(CatalogReader):
         self._write("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [astuple(generation)])
         self._write("DELETE FROM generations WHERE number <= ? - 2", [(generation.number,)])
 
+    def restamp(self, generation: Generation) -> None:
+        """Believe the inodes and times that a generation's files have now."""
+        self._write(
+            "UPDATE generations SET stamp = ?, details = ? WHERE number = ?",
+            [(generation.stamp, generation.details, generation.number)],
+        )
+
     def set_content_hash(self, algorithm: str) -> None:
         """Know contents by another hash; the catalog has none yet."""
         self._write("UPDATE meta SET value = ? WHERE key = 'content_hash'", [(algorithm,)])

@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,15 +91,15 @@ def details_of(generation: Generation) -> Details:
         raise DamagedGeneration(f"what the catalog says of {generation.file} is damaged") from error
 
 
-def wanted_generation(catalog: Catalog, fingerprint: str) -> str | None:
-    """Why a new generation should be written for a model, None when the present one does."""
+def wanted_generation(catalog: Catalog, fingerprint: str, *, hashed: bool = False) -> str | None:
+    """Why a new generation should be written for a model, None when the present one does. hashed: as `check_files`."""
     if fingerprint != catalog.fingerprint:
         return "another model"
     generation = catalog.generation()
     if generation is None:
         return "none yet"
     try:
-        check_files(catalog.path.parent, generation)
+        check_files(catalog.path.parent, generation, hashed=hashed)
         details = details_of(generation)
     except DamagedGeneration as error:
         return str(error)
@@ -173,13 +173,28 @@ def write_generation(
     )
 
 
-def check_files(folder: Path, generation: Generation) -> None:
-    """Raises DamagedGeneration unless every file is, byte for byte, the one that was written."""
+def check_files(folder: Path, generation: Generation, *, hashed: bool = False) -> None:
+    """Raises DamagedGeneration unless every file is, byte for byte, the one that was written.
+
+    Large files with the inode and times that they had are believed, unless all are to be hashed: a disk that returns
+    other bytes than it was given changes neither.
+    """
     details = details_of(generation)
     if not details.exact and [Path(seal.file).suffix for seal in details.beside] != list(_BESIDE):
         raise DamagedGeneration(f"{folder / generation.file} was written by an older dinosearch")
     for seal in _seals(generation):
-        _check_file(folder, seal)
+        _check_file(folder, seal, hashed=hashed)
+
+
+def restamped(folder: Path, generation: Generation) -> Generation:
+    """The same with the inodes and times that its files have now: those of a copy, once it was hashed, are believed."""
+    details = details_of(generation)
+    beside = [asdict(replace(seal, stamp=_stamp(folder / seal.file))) for seal in details.beside]
+    return replace(
+        generation,
+        stamp=_stamp(folder / generation.file),
+        details=json.dumps(asdict(details) | {"beside": beside}) if beside else generation.details,
+    )
 
 
 def open_generation(folder: Path, generation: Generation, dim: int) -> Stored:
@@ -299,13 +314,13 @@ def _seals(generation: Generation) -> list[Seal]:
     return [first, *details_of(generation).beside]
 
 
-def _check_file(folder: Path, seal: Seal) -> None:
+def _check_file(folder: Path, seal: Seal, *, hashed: bool) -> None:
     path = folder / seal.file
     try:
         size, stamp = path.stat().st_size, _stamp(path)
         if size != seal.size:
             raise DamagedGeneration(f"{path} has {size} bytes instead of {seal.size}")
-        trusted = stamp == seal.stamp and size > ALWAYS_HASHED
+        trusted = stamp == seal.stamp and size > ALWAYS_HASHED and not hashed
         if not trusted and _checksum(path) != seal.checksum:
             raise DamagedGeneration(f"{path} is damaged")
     except FileNotFoundError:

@@ -195,7 +195,7 @@ def sync_index(
             )
             catalog.commit()
         else:
-            _finish(catalog, model, prune=prune, max_memory=max_memory, note=note)
+            _finish(catalog, model, prune=prune, verify=verify, max_memory=max_memory, note=note)
         summary = SyncSummary(
             index=index_path.name,
             model=catalog.meta("model"),
@@ -402,10 +402,22 @@ def _progress_of(embedding: Embedding, total: int) -> SyncProgress:
 
 
 def _finish(
-    catalog: Catalog, model: ModelFolder, *, prune: bool, max_memory: int | None, note: Callable[[str], None]
+    catalog: Catalog,
+    model: ModelFolder,
+    *,
+    prune: bool,
+    verify: bool,
+    max_memory: int | None,
+    note: Callable[[str], None],
 ) -> None:
     """Let `model` answer, from a FAISS file that has all its vectors, from one commit on."""
-    wanted = generation.wanted_generation(catalog, model.fingerprint)
+    wanted = generation.wanted_generation(catalog, model.fingerprint, hashed=verify)
+    if wanted is None:
+        present = catalog.generation()
+        assert present is not None
+        now = generation.restamped(catalog.path.parent, present)
+        if now != present:
+            catalog.restamp(now)
     if catalog.fingerprint != model.fingerprint:
         catalog.set_model(fingerprint=model.fingerprint, model=model.name, dim=model.dim)
     n_pruned = catalog.prune() if prune else 0
