@@ -149,6 +149,23 @@ def test_a_bound_on_memory_refuses_what_would_not_fit(shop):
     assert shop.sync(max_memory=4000 << 20).changed == 1
 
 
+@pytest.mark.parametrize(("large", "searched"), [((1,), (0, 2, 3, 4, 5)), ((2, 3, 5), (0, 1, 4)), ((1, 2, 3), (0,))])
+def test_a_page_too_large_costs_itself_and_three_in_a_row_the_rest(shop, monkeypatch, large, searched):
+    monkeypatch.setattr(limits, "pixel_budget", lambda _: 5000)
+    sides = [200 if page in large else 40 for page in range(6)]
+    first, *others = [Image.effect_noise((side, side), 50 + 10 * page) for page, side in enumerate(sides)]
+    first.save(shop.root / "a.tif", save_all=True, append_images=others)
+    shop.sync(options=ALL_PAGES)
+    files, vectors = read_vectors(shop.index)
+    assert [file.frame for file in files] == list(searched)
+    assert len(vectors) == len(searched)
+    assert [status for _, status, *_ in failures(shop.index)] == ["too-large"] * len(large)
+    assert shop.sync(options=ALL_PAGES).embedded == 0
+    monkeypatch.setattr(limits, "pixel_budget", lambda _: 50000)
+    assert shop.sync(options=ALL_PAGES).failed == 0
+    assert [file.frame for file in read_vectors(shop.index)[0]] == list(range(6))
+
+
 def test_a_process_that_is_killed_once_costs_no_file(shop, monkeypatch):
     write_images(shop.root, 12)
     decode, killed = workers.OpenFile.decode, []

@@ -39,6 +39,7 @@ MOST_FRAMES = 1000
 """Further frames or pages of a file are not looked at."""
 SAVE_FILES = 1000
 
+_MOST_LARGE_FRAMES = 3  # in a row
 _LULL_SECONDS = 0.5  # with nothing for the encoder in so long, what it has begun is finished and progress is shown
 
 
@@ -284,24 +285,39 @@ class Embedding:
                     return
 
     def _further_squares(self, file: _File) -> Iterator[tuple[_Frame, np.ndarray]]:
-        """The frames after the first, until one is bad: what comes after that can't be had either, as a rule."""
+        """The frames after the first, until one is bad: what comes after that can't be had either, as a rule.
+
+        One that is too large says nothing of the next, but some in a row may each take the longest time allowed.
+        """
         if file.reading is None:
             return
         reading, file.reading = file.reading, None
-        number = 1
+        number, n_large = 1, 0
         try:
             with reading.opened(self._pool) as opened:
                 if opened.content_hash != file.row.content_hash:
                     raise BadImage(UNREADABLE, "it changed while it was read")
                 for number in range(1, len(file.states)):
-                    with self._pace.spending("read"):
-                        picture = opened.decode_frame(number)
+                    try:
+                        with self._pace.spending("read"):
+                            picture = opened.decode_frame(number)
+                    except BadImage as bad:
+                        n_large += 1
+                        if bad.status != "too-large" or n_large == _MOST_LARGE_FRAMES:
+                            raise
+                        self._give_up(file, slice(number, number + 1), bad)
+                        continue
+                    n_large = 0
                     yield _Frame(file, number, picture.width, picture.height), picture.pixels
         except BadImage as bad:
-            with self._lock:
-                file.states[number:] = [Content(bad.status, bad.reason, None, None)]
-                if None not in file.states:
-                    self._catalog.put_files(self._finish(file))
+            self._give_up(file, slice(number, None), bad)
+
+    def _give_up(self, file: _File, frames: slice, bad: BadImage) -> None:
+        """Put one bad state in the place of some frames; with the last that was open the file is complete."""
+        with self._lock:
+            file.states[frames] = [Content(bad.status, bad.reason, None, None)]
+            if None not in file.states:
+                self._catalog.put_files(self._finish(file))
 
     def _store(self, frames: list[_Frame], vectors: np.ndarray) -> None:
         """Write vectors, and the files that are complete with them, in one transaction."""
