@@ -68,7 +68,9 @@ def train(
         typer.Option("--from", metavar="MODEL", help="Go on with the weights of a model: a name, timm:NAME or a file."),
     ] = None,
     teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="Learn from this stronger model.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run of this name.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run of this name, or the last one on these images.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model of this name.")] = False,
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds between checkpoints; a power cut costs at most these.")

@@ -147,21 +147,21 @@ def fewest_directions(halves: np.ndarray, *, recall: float) -> int | None:
     random = np.random.default_rng(3)
     sample = unit(halves[np.sort(random.choice(n, min(n, PROBED), replace=False))])
     asked = random.choice(len(sample), min(_PROBES, len(sample) // 20), replace=False)
-    if len(asked) == 0:
-        return None
     others = np.delete(sample, asked, axis=0)
-    directions = np.linalg.eigh(np.cov(others.T))[1][:, ::-1].astype(
-        np.float32
-    )  # [dim, dim], those of most variance first
+    if len(asked) == 0 or len(others) <= _REDUCED_CANDIDATES[-1]:
+        return None
+    _, directions = np.linalg.eigh(np.cov(others.T))  # [dim, dim], those of most variance last
+    directions = directions[:, ::-1].astype(np.float32)
     queries, turned = sample[asked] @ directions, others @ directions
-    true = np.argpartition(queries @ turned.T, -K, axis=1)[:, -K:]
+    products = queries @ turned.T  # [n_asked, n_others]
+    tenth = np.partition(products, -K, axis=1)[:, -K, None]
     most_missed = (1 - recall) * _MISSED_BY_DIRECTIONS
     for n_candidates in _REDUCED_CANDIDATES:
         for kept in (kept for kept in _KEPT if kept <= dim // 2):
             scores = queries[:, :kept] @ turned[:, :kept].T
             near = np.argpartition(scores, -n_candidates, axis=1)[:, -n_candidates:]
-            found = (true[:, :, None] == near[:, None, :]).any(axis=2).mean()
-            if 1 - found <= most_missed:
+            n_found = (np.take_along_axis(products, near, axis=1) >= tenth - _NEAREST).sum(axis=1)
+            if 1 - np.minimum(n_found, K).mean() / K <= most_missed:
                 return kept
     return None
 

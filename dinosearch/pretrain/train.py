@@ -172,7 +172,12 @@ def _train(
     checkpoint = last_checkpoint(folder / "training", note=note) if config.resume else None
     kept = checkpoint.facts if checkpoint else None
     if config.resume and kept is None:
-        note(f"no run of these images has a checkpoint in {folder}: starting over")
+        fresh = config.name is None and not (folder / "training").exists()
+        note(
+            f"no run on these images to resume in {config.models}/: starting one"
+            if fresh
+            else f"{folder} has no checkpoint yet: starting over"
+        )
     options = _scan_options(config, kept or {})
     images = gather_images(_specs(config), options, note=note)
     digest = images_digest(images)
