@@ -166,6 +166,30 @@ def test_a_page_too_large_costs_itself_and_three_in_a_row_the_rest(shop, monkeyp
     assert [file.frame for file in read_vectors(shop.index)[0]] == list(range(6))
 
 
+def test_copies_of_pages_of_which_one_kills_its_decoder_end_no_run(shop, monkeypatch):
+    for name in "abc":
+        write_pages(shop.root / f"{name}.tif", 3)
+    decode, frame = workers.OpenFile.decode_and_count, workers.OpenFile.decode_frame
+
+    def slow(self):
+        time.sleep(0.2)  # copies are read meanwhile
+        return decode(self)
+
+    def dies(self, number):
+        if number == 1:
+            raise BadImage("unreadable", "its decoder was killed")
+        return frame(self, number)
+
+    monkeypatch.setattr(workers.OpenFile, "decode_and_count", slow)
+    monkeypatch.setattr(workers.OpenFile, "decode_frame", dies)
+    shop.sync(options=ALL_PAGES)
+    assert len(read_vectors(shop.index)[0]) == 3, "the first page of each"
+    assert len(list(failures(shop.index))) == 3
+    monkeypatch.undo()
+    shop.sync(options=ALL_PAGES)
+    assert len(read_vectors(shop.index)[0]) == 9
+
+
 def test_a_process_that_is_killed_once_costs_no_file(shop, monkeypatch):
     write_images(shop.root, 12)
     decode, killed = workers.OpenFile.decode, []

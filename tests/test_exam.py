@@ -65,7 +65,7 @@ def test_files_that_cannot_be_read_are_left_out(tiny_model: ModelFolder, squares
     (squares / "dark" / "99.png").write_bytes(b"no image")
     accuracy, n_asked = open_exam("folders", [squares])(tiny_model.load_vit(), tiny_model)
     assert 0 <= accuracy <= 1
-    assert (accuracy * n_asked) == pytest.approx(round(accuracy * n_asked))
+    assert n_asked == 8, "a fifth of 20 in each of two folders; the bad one is in none"
 
 
 def test_labels_that_say_nothing_are_refused(squares: Path) -> None:

@@ -97,20 +97,31 @@ def test_vectors_of_few_directions_get_a_graph_over_these_and_exact_scores():
     assert len(np.unique(many.positions[0])) == 120
 
 
-def test_single_queries_by_the_quick_way_find_what_a_batch_finds(stored, asked):
-    queries, _ = asked
-    if not isinstance(stored, GraphStored):
-        return
-    graph = replace(stored, effort=40, rerank=stored.reranks[-1])
+@pytest.mark.parametrize("name", [GRAPH, REDUCED])
+@pytest.mark.parametrize("step", [1, 3])
+def test_single_queries_by_the_quick_way_find_what_a_batch_finds(name, step):
+    halves, ids = clustered(N, DIM).astype(np.float16), np.arange(N) * step + 5
+    graph = build(name, ids, halves, norms(halves.astype(np.float32)), held_out=np.empty(0, np.int64))
+    graph = replace(graph, effort=40, rerank=graph.reranks[-1])
+    queries = clustered(30, DIM, seed=8)
     for k in (1, 10, 37):
         single, batch = graph.single_search(k), graph.search(queries, k)
-        for row, query in enumerate(queries[:30]):
-            ids, scores = single(query[None])
+        for row, query in enumerate(queries):
+            found, scores = single(query[None])
             order = np.lexsort((batch.ids[row], -batch.scores[row]))[:k]
-            assert np.array_equal(ids, batch.ids[row][order])
+            assert np.array_equal(found, batch.ids[row][order])
             assert np.array_equal(scores, batch.scores[row][order])
+            exact = unit(halves)[(found - 5) // step].astype(np.float64) @ query
+            assert np.allclose(scores, exact, rtol=0, atol=3e-7)
     with pytest.raises(ValueError, match="a query is"):
         graph.single_search(10)(queries[:1, :10].copy())
+    lengths = norms(halves[:100].astype(np.float32))
+    half = build(name, ids[:100], halves[:100], lengths, held_out=np.arange(1, 100, 2))
+    found, scores = replace(half, effort=128, rerank=12).single_search(60)(queries[:1])
+    assert np.isin(found[:45], ids[:100:2]).all()
+    assert np.all(np.diff(scores[:45]) <= 0)
+    assert np.array_equal(found[50:], [-1] * 10), "fewer than were asked for"
+    assert np.all(scores[50:] == -np.inf)
 
 
 def test_what_is_held_out_is_not_found_before_it_is_added(stored, others):

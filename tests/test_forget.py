@@ -67,22 +67,23 @@ def test_a_forgotten_file_that_is_gone_leaves_no_trace(shop):
     assert (shop.sync().unchanged, shop.notes) == (16, [])
 
 
-def test_what_a_forgotten_file_was_before_is_erased_too(shop):
+def test_what_a_forgotten_file_was_before_is_told_and_pruned(shop):
     path = write_image(shop.root / "edited.png", 77)
     shop.sync()
     before = stored_vector(shop, path.name)
     write_image(path, 78, age=10)
     shop.sync()
-    assert "catalog.sqlite" in traces(shop, before), "kept, as the file might come back"
-    forgotten = forget(shop.index, [str(path)])
-    assert (forgotten.files, forgotten.vectors) == (1, 2)
-    assert traces(shop, before, as_float32(before)) == []
-    write_image(shop.root / "gone.png", 79)
-    shop.sync()
-    (shop.root / "gone.png").unlink()
-    shop.sync()
-    with pytest.raises(DinosearchError, match="index --prune erases its vector"):
-        forget(shop.index, [str(shop.root / "gone.png")])
+    said = []
+    path.unlink()
+    assert (forget(shop.index, [str(path)], note=said.append).files, len(said)) == (1, 1)
+    assert said[0].startswith("1 vectors stay that no file has now")
+    assert "catalog.sqlite" in traces(shop, before)
+    with pytest.raises(DinosearchError, match="dropped by index --prune"):
+        forget(shop.index, [str(path)])
+    with Catalog.open(shop.index) as catalog:
+        assert catalog.n_orphans() == 1
+        shop.sync(prune=True)
+        assert catalog.n_orphans() == 0
 
 
 def test_a_forgotten_file_that_is_still_there_is_not_taken_in_again(shop):

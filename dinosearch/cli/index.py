@@ -78,7 +78,9 @@ def index(
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow the sources until Ctrl-C, and take in what changes.")
     ] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Read unchanged files too, to find altered ones.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read unchanged files too, and all of the index's own.")
+    ] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Forget the vectors that no file needs any more.")] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -83,30 +83,32 @@ class TorchEngine:
         waits: list[Callable[[], np.ndarray]] = []
         done = 0
         while done < len(pixels):
-            part = pixels[done : done + self.batch]
+            batch = self.batch  # another thread may halve it
+            part = pixels[done : done + batch]
             try:
-                waits.append(self._start(part))
+                waits.append(self._start(part, padded_to=batch))
             except torch.OutOfMemoryError as error:
-                if len(part) == 1:
+                tried = batch if self._device.type == "cuda" else len(part)  # padded there
+                if tried == 1:
                     raise DinosearchError(
                         f"{self._device} has too little memory for this model. Free some, use a smaller one, "
                         "or --device cpu"
                     ) from error
-                self.batch = len(part) // 2
-                self._note(f"{self._device} has too little memory for {len(part)} images at once: taking {self.batch}")
+                self.batch = min(self.batch, tried // 2)
+                self._note(f"{self._device} has too little memory for {tried} images at once: taking {self.batch}")
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
             done += len(part)
         return waits[0] if len(waits) == 1 else lambda: np.concatenate([wait() for wait in waits])
 
-    def _start(self, pixels: np.ndarray) -> Callable[[], np.ndarray]:
+    def _start(self, pixels: np.ndarray, *, padded_to: int) -> Callable[[], np.ndarray]:
         n = len(pixels)
         with torch.inference_mode():
             if self._device.type != "cuda":
                 vectors = self._embed(torch.from_numpy(pixels).to(self._device))
                 return lambda: vectors.cpu().numpy()
-            square = torch.empty((self.batch, *pixels.shape[1:]), dtype=torch.uint8, pin_memory=True)
+            square = torch.empty((padded_to, *pixels.shape[1:]), dtype=torch.uint8, pin_memory=True)
             square[:n] = torch.from_numpy(pixels)
             square[n:] = 0
             with torch.cuda.device(self._device):

@@ -232,21 +232,24 @@ class Catalog(CatalogReader):
                 self._connection.execute("COMMIT")
 
     def erase_files(self, ids: Sequence[int]) -> int:
-        """Forget files with all their frames, and the vectors of any model that no file needs now: how many?
+        """Forget files with all their frames and the vectors of any model that no other file needs: how many?
 
-        Vectors that no file had before go too: some may be of what these files were earlier. Freed space is
-        overwritten. What remains of them in the write-ahead log and between the rows, `finish_erasure` removes after
-        the commit, or the next writer if this one is killed.
+        Freed space is overwritten. What remains of them in the write-ahead log and between the rows, `finish_erasure`
+        removes after the commit, or the next writer if this one is killed.
         """
         with self._transaction():
             self._connection.execute("PRAGMA secure_delete = ON")
+            query = "SELECT content_hash FROM files WHERE id = ?"
+            contents = dict.fromkeys(row for number in ids for row in self._rows(query, (number,)))
             self.remove_files(ids)
             self._write("INSERT OR REPLACE INTO meta VALUES ('erasing', ?)", [("1",)])
-            cursor = self._connection.execute(
-                """DELETE FROM vectors
-                WHERE NOT EXISTS (SELECT 1 FROM files WHERE files.content_hash = vectors.content_hash)"""
+            before = self._connection.total_changes
+            self._write(
+                """DELETE FROM vectors WHERE content_hash = ?1
+                AND NOT EXISTS (SELECT 1 FROM files WHERE content_hash = ?1)""",
+                contents,
             )
-            return cursor.rowcount
+            return self._connection.total_changes - before
 
     def finish_erasure(self) -> bool:
         """Remove the last traces of what was erased from the catalog's files; False if a reader still needs them."""

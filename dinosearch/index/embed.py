@@ -347,8 +347,8 @@ class Embedding:
         files = [file, *(self._waiting.pop(file.key, []) if content else [])]
         if content:
             self._under_way.discard(file.key)
-            if file.states and file.states[0] is not None and file.states[0].status == UNREADABLE:
-                self._unread[file.key] = [file.states[0]]
+            if any(state and state.status == UNREADABLE for state in file.states):
+                self._unread[file.key] = list(file.states)
         rows = []
         for each in files:
             of_file = list(self._rows(each, [state for state in file.states if state]))

@@ -108,6 +108,7 @@ def tuned_type(
                 add(tuned, held_out)
                 return tuned, measured
             asked += recall - measured.recall_at_10  # what held for one half did not for the other: ask for more
+        del built, tuned  # the next one may take as much memory
     for name in names:
         note(f"{name} does not find {recall:.0%} of the 10 nearest of these vectors")
     note("every query is compared with all vectors" + ("" if names else ": too little memory for anything quicker"))
@@ -130,9 +131,9 @@ def candidate_types(n: int, dim: int, *, kept: int | None = None, max_memory: in
     if graphs and names[-1:] == graphs[-1:]:
         return names
     for share in (4, 2):
-        kept = dim // share
-        if kept >= _LEAST_KEPT and n * (kept / 2 + 8) + 4 * kept * (nlist + dim) <= budget:
-            names.append(f"PCAR{kept},IVF{nlist},PQ{kept}x4fsr")
+        coded = dim // share
+        if coded >= _LEAST_KEPT and n * (coded / 2 + 8) + 4 * coded * (nlist + dim) <= budget:
+            names.append(f"PCAR{coded},IVF{nlist},PQ{coded}x4fsr")
     return names
 
 
@@ -157,7 +158,7 @@ def fewest_directions(halves: np.ndarray, *, recall: float) -> int | None:
     tenth = np.partition(products, -K, axis=1)[:, -K, None]
     most_missed = (1 - recall) * _MISSED_BY_DIRECTIONS
     for n_candidates in _REDUCED_CANDIDATES:
-        for kept in (kept for kept in _KEPT if kept <= dim // 2):
+        for kept in (kept for kept in _KEPT if 2 * kept <= min(dim, len(others))):
             scores = queries[:, :kept] @ turned[:, :kept].T
             near = np.argpartition(scores, -n_candidates, axis=1)[:, -n_candidates:]
             n_found = (np.take_along_axis(products, near, axis=1) >= tenth - _NEAREST).sum(axis=1)

@@ -29,7 +29,7 @@ class Forgotten:
     index: str
     files: int
     vectors: int
-    """Of all models, with those that no file had any more; those of contents that other files have too stay."""
+    """Of all models; those of contents that other files have too stay."""
     excluded: list[str]
     """Paths of those that may still be there, which the next sync passes over."""
     images: int
@@ -58,8 +58,8 @@ def forget(
         for path, same in zip(paths, spellings, strict=True):
             if not any(_is_meant(sources[root], stored, same) for root, files in chosen.items() for stored in files):
                 raise DinosearchError(
-                    f"nothing of {path} is in {index_path.name}; nothing was changed. Check the path; if its file was "
-                    "deleted and that is indexed already, index --prune erases its vector"
+                    f"nothing of {path} is in {index_path.name}; nothing was changed. Check the path; the vector of a "
+                    "file that was deleted before the last run of index is dropped by index --prune"
                 )
         ids = [stored.id for files in chosen.values() for stored in files]
         n_vectors = catalog.erase_files(ids)
@@ -69,6 +69,11 @@ def forget(
         _write_vectors_anew(catalog, max_memory=max_memory, note=note)
         catalog.commit()
         remove_old_generations(catalog)
+        if n_left := catalog.n_orphans():
+            note(
+                f"{n_left} vectors stay that no file has now: of files deleted or changed earlier, perhaps of these. "
+                "index --prune drops them"
+            )
         if not catalog.finish_erasure():
             note("another program reads the index: the next run of index or forget removes the last traces on the disk")
         return Forgotten(index_path.name, len(ids), n_vectors, excluded, catalog.n_images())

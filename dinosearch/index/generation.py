@@ -3,8 +3,8 @@
 Knows nothing of folders of images. Whatever happens to a generation, the catalog can make it again. Its files:
 
 - `vectors-N.faiss`, always; plain FAISS opens and searches it, under the ids of the catalog. Exact: the unit vectors
-  in float32 (`IndexIDMap2(IndexFlatIP)`). Tuned: a graph over the float16 vectors, or short codes in
-  inverted lists.
+  in float32 (`IndexIDMap2(IndexFlatIP)`). Tuned: a graph over the float16 vectors or over few of their directions, the
+  vectors with it, or short codes in inverted lists.
 - `vectors-N.f16`, of a tuned one: the vectors as the catalog stores them, float16 [n, dim] and nothing else.
 - `vectors-N.norms`, beside it: the length of each, float32 [n].
 - `vectors-N.ids`, beside it: the id of each, int64 [n], rising.

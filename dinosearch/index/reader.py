@@ -241,6 +241,11 @@ class CatalogReader:
         query = f"SELECT count(v.id) FROM {_BY_CONTENT} WHERE f.status = 'ok' AND f.frame = 0"
         return int(self._rows(query, (self.fingerprint,))[0][0])
 
+    def n_orphans(self) -> int:
+        """Vectors of any model whose content no file has."""
+        there = "SELECT 1 FROM files WHERE files.content_hash = vectors.content_hash"
+        return int(self._rows(f"SELECT count(*) FROM vectors WHERE NOT EXISTS ({there})")[0][0])
+
     def n_live(self) -> int:
         """What a search can return: files, and further frames of files."""
         query = f"SELECT count(v.id) FROM {_BY_CONTENT} WHERE f.status = 'ok'"

@@ -1,7 +1,7 @@
 """All vectors of the answering model: a generation and the rows newer than it, searched as one.
 
 Knows nothing of files and folders of images. The score of a candidate is computed from the two vectors alone, in
-float64 or, where all lie in one graph, in float32 by its walk. Equal vectors therefore have equal scores, whatever
+float64 or, where all lie in one graph, in float32 by FAISS. Equal vectors therefore have equal scores, whatever
 batch they were asked in and wherever they lie. Vectors whose files are gone are still found here: which files there
 are, the catalog knows.
 """

@@ -325,6 +325,8 @@ class Course:
             raise Interrupted("stopped before anything was learnt: there is nothing to save")
         if not self.run.team.leads:
             return Progress("done", step, self.plan.total_steps)
+        if stopped:  # whoever stops it again, impatient with what follows, loses nothing
+            self._save(step, report=None)
         backbone: nn.Module = self.run.teacher.backbone
         quality: dict[str, Any] = {}
         last = self._measured
@@ -370,7 +372,8 @@ class Course:
             resumed_from_step=self.first_step or None,
             stopped=stopped,
         )
-        self._save(step, report=None if stopped else report)
+        if not stopped:
+            self._save(step, report=report)
         return Progress("done", step, self.plan.total_steps, teacher=backbone, report=report)
 
     def _start_unless_improved(self, backbone: nn.Module, start: nn.Module) -> tuple[nn.Module, dict[str, Any]]:

@@ -75,7 +75,8 @@ def read_config(path: Path, *, start: str | None = None, teacher: str | None = N
         ) from error
     if not isinstance(facts, dict):
         raise UsageError(f"--config {path} holds no table of settings. Write name = value lines, or use a model.json")
-    if isinstance(facts.get("trained"), dict):
+    of_model = isinstance(facts.get("trained"), dict)
+    if of_model:
         facts = facts["trained"]
     learnt_from = {"start": (start, "--from"), "teacher": (teacher, "--teacher")}
     for role, (given, option) in learnt_from.items():
@@ -91,7 +92,7 @@ def read_config(path: Path, *, start: str | None = None, teacher: str | None = N
         views if isinstance(views, dict) else {}
     )
     flat.pop(FOLLOWS_IMAGE_SIZE, None)
-    if start not in (None, SCRATCH):
+    if of_model and start not in (None, SCRATCH):
         flat = {name: value for name, value in flat.items() if name not in DECIDED}
     return checked({RENAMED.get(name, name): value for name, value in flat.items()}, where=f"--config {path}")
 

@@ -195,6 +195,7 @@ def _train(
         if kept.get("labelled") and config.evaluate is None:
             note("it was begun with --labels: without them no accuracy is reported from here on")
         beginning = _remember(kept, config, folder=folder)
+    logs = _logs(config, kept or {}, note)
     recipe, start, mentor = beginning.recipe, beginning.start, beginning.mentor
     _check_parts(recipe, team)
     with out_of_memory_explained(recipe):
@@ -268,10 +269,12 @@ def _train(
         foreseen = forecast(run, side=beginning.side, channels=bank.pixels.shape[1])
         first_step = kept["step"] if kept else 0
         plan.adapt(first_step, seconds_per_step=foreseen.seconds_per_step)
+        [plan.total_steps] = team.follow(plan.total_steps)  # what depends on it has to be the same in all processes
         note(foreseen.told(n_steps=plan.total_steps - first_step, device=device))
         if kept is None and plan.deadline is not None:
             beginning = _for_length(beginning, plan.total_steps, config, note=note)
-            run.adopt(beginning.recipe)
+            recipe = beginning.recipe
+            run.adopt(recipe)
             trained |= {"reasons": beginning.why}
         if foreseen.device_bytes > available_bytes(device):
             note(f"that may be too much: {ways_to_save(recipe)}")
@@ -281,8 +284,6 @@ def _train(
                 run.compile()
             else:
                 note("no C++ compiler found, so the model is not compiled and trains slower")
-        strict = config.strict or bool(kept and kept.get("strict"))
-        logs = config.logs or tuple((kept or {}).get("logs", ()))
         course = Course(
             run,
             bank,
@@ -299,7 +300,6 @@ def _train(
                 "computed_on": describe_machine(device, team),
                 "reasons": beginning.why,
                 "asked": _asked(config) if kept is None else kept["asked"],
-                "strict": strict,
                 "logs": logs,
                 "select": config.select,
                 "labelled": config.evaluate is not None,
@@ -317,7 +317,7 @@ def _train(
                 first_step=first_step,
             ),
         )
-        yield from course.follow(checkpoint_every=config.checkpoint_every, strict=strict, stop=stop)
+        yield from course.follow(checkpoint_every=config.checkpoint_every, strict=config.strict, stop=stop)
 
 
 def _choose(
@@ -405,6 +405,21 @@ def _check_parts(recipe: Recipe, team: Team) -> None:
         raise UsageError(f"a batch of {recipe.batch_size} cannot be cut evenly for {parts}. Try --batch-size {best}")
 
 
+def _logs(config: TrainConfig, kept: Mapping[str, Any], note: Note) -> tuple[str, ...]:
+    """Those asked for, or those of the run that is resumed, as far as their libraries are here."""
+    if config.logs:
+        return config.logs
+    logs = []
+    for name in kept.get("logs", ()):
+        try:
+            check_logs([name])
+        except DinosearchError as error:
+            note(f"the run was logged by {name} too; going on without ({error})")
+        else:
+            logs.append(name)
+    return tuple(logs)
+
+
 def _specs(config: TrainConfig) -> list[str]:
     return [str(spec) for spec in config.images]
 
@@ -462,12 +477,16 @@ def _folder_for(config: TrainConfig) -> Path:
 
 
 def _newest_run(config: TrainConfig) -> Path | None:
-    """The folder of the run on these sources that wrote last. One killed before its first checkpoint counts."""
-    runs = []
-    for path in config.models.glob(f"*/training/{SOURCES}"):
-        folder = path.parent.parent
-        if _places_kept(path) == _places(config) and (_begun(folder) or not (folder / "model.json").exists()):
-            runs.append((max(file.stat().st_mtime_ns for file in path.parent.iterdir()), folder))
+    """The folder of the run on these sources that wrote last. One killed before its first checkpoint counts.
+
+    Runs that do not say where their images are, as earlier ones, may be meant too: others are refused by their images.
+    """
+    wanted, runs = sorted(_places(config)), []
+    for training in config.models.glob("*/training"):
+        folder, places = training.parent, _places_kept(training / SOURCES)
+        resumable = _begun(folder) or (places is not None and not (folder / "model.json").exists())
+        if resumable and (places is None or sorted(places) == wanted):
+            runs.append((max(file.stat().st_mtime_ns for file in training.iterdir()), folder))
     return max(runs)[1] if runs else None
 
 

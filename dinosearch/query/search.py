@@ -147,16 +147,16 @@ class OpenIndex:
 
     def files(self) -> list[IndexedFile]:
         """What can be searched, by source, path, member and frame, each with its row in `matrix()`."""
-        while True:
-            self._refresh()
-            with self._catalog.snapshot():
-                sources, live = FollowedSources(self._catalog), list(self._catalog.live_files())
-                same = self._catalog.data_version() == self._version
-            if same:  # as the vectors: nobody has written between the two
-                break
+        self._refresh()
+        sources = FollowedSources(self._catalog)
         numbers = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in self._vectors.parts())])
-        rows = np.searchsorted(numbers, [file.vector_id for file in live]).tolist()
-        return [indexed_file(file, sources, row) for file, row in zip(live, rows, strict=True)]
+        live = list(self._catalog.live_files())
+        wanted = np.array([file.vector_id for file in live], dtype=np.int64)
+        rows = np.searchsorted(numbers, wanted)
+        there = np.append(numbers, -1)[rows] == wanted  # of what another process has added since is no vector here yet
+        return [
+            indexed_file(file, sources, row) for file, row, here in zip(live, rows.tolist(), there, strict=True) if here
+        ]
 
     def _narrowed(self, where: Sequence[str]) -> tuple[Vectors, _Files]:
         """What to search in, and the files that may answer, by vector."""
