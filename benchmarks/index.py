@@ -31,6 +31,7 @@ from dinosearch.images import find_images, n_cores, pixel_budget
 from dinosearch.images.workers import DecodePool
 
 BATCH = 32
+_SAMPLED_EVERY = 0.5  # seconds; to ask the system for a process's memory takes it milliseconds, from the same cores
 
 
 def main() -> None:
@@ -175,7 +176,7 @@ def index_in_a_process(folder: Path, model: Path, options: argparse.Namespace) -
 
         def sample() -> None:
             nonlocal peak
-            while not ended.wait(0.1):
+            while not ended.wait(_SAMPLED_EVERY):
                 peak = max(peak, tree_memory(process.pid))
 
         sampler = threading.Thread(target=sample)
