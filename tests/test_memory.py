@@ -12,6 +12,7 @@ import pytest
 import recipes
 import torch
 
+import dinosearch.pretrain.memory as memory_module
 import dinosearch.pretrain.run as run_module
 from dinosearch.errors import DinosearchError
 from dinosearch.pretrain.memory import _Followed, _peak, forecast, out_of_memory_explained
@@ -52,6 +53,29 @@ def test_a_forecast_leaves_the_run_as_it_was() -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(parameter.grad is None for parameter in run.student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_image", "memory", "largest"), [(0.001, 2**40, 64), (0.1, 2**40, 16), (0.001, 2**20, 16)]
+)
+def test_only_steps_that_are_quick_and_fit_are_timed_whole(
+    seconds_per_image: float, memory: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(replace(TINY, batch_size=64), seed=0, device=CPU)
+    clock, sizes, step = 0.0, [], run.step
+
+    def timed_step(images: np.ndarray, *rest: object, **named: object) -> object:
+        nonlocal clock
+        clock += 0.25 + len(images) * seconds_per_image  # most of a small step does not depend on its images
+        sizes.append(len(images))
+        return step(images, *rest, **named)
+
+    monkeypatch.setattr(run, "step", timed_step)
+    monkeypatch.setattr(memory_module.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(memory_module, "available_bytes", lambda _device: memory)
+    seconds = forecast(run, side=16, channels=3).seconds_per_step
+    assert max(sizes) == largest
+    assert seconds == pytest.approx((0.25 + largest * seconds_per_image) * 64 / largest)
 
 
 @pytest.mark.parametrize(

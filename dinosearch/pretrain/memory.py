@@ -1,7 +1,8 @@
 """How much memory and time a run will take, found out by rehearsing a few steps; and what to turn when memory ends.
 
 Every allocation of a step is followed at two small batch sizes, operation by operation; the peak of the real batch is
-the largest of the straight lines through both. So it holds for any architecture, and nothing large is allocated.
+the largest of the straight lines through both. So it holds for any architecture, and nothing large is allocated. Whole
+steps are made where they are known to be quick and to fit: a small step's time is mostly that of its operations' calls.
 """
 
 import os
@@ -28,6 +29,8 @@ FOLLOWED_IMAGES = (4, 8)
 """Images of the steps whose allocations are followed."""
 TIMED_IMAGES = 16
 """A step of so many images tells a CPU's speed; a GPU, which small batches leave idle, is timed with all of them."""
+QUICK_SECONDS = 2.0
+"""Of a CPU's steps, those foreseen by `TIMED_IMAGES` to be shorter are timed with all images too."""
 COPIES_KEPT = 2
 """Of the run's state in the CPU's memory: the last sound one, and the one being written as a checkpoint."""
 ALLOCATOR_ERRORS = ("out of memory", "t allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
@@ -60,10 +63,13 @@ def forecast(run: Run, *, side: int, channels: int) -> Forecast:
         run.put_back(before)  # so that each of these steps makes the optimizer's state
         timelines[n_images] = _follow(run, n_images, side, channels)
     peak = _peak(timelines, wanted=share)
-    run.optimizer.zero_grad()
     if run.device.type == "cpu":
         state = sum(tensor.nbytes for tensor in run.state().values())
         peak += resident_bytes() + COPIES_KEPT * state
+    quick = n_timed < share and seconds < QUICK_SECONDS
+    fits = 2 * peak * run.team.n_beside < available_bytes(run.device)
+    if any(run.team.follow(quick and fits)):  # all processes or none: they wait for each other in a step
+        seconds = _time(run, share, side, channels, n_steps=3)
     run.put_back(before)
     return Forecast(peak, seconds)
 
@@ -130,17 +136,19 @@ def _peak(timelines: Mapping[int, list[int]], *, wanted: int) -> int:
     return int((np.array(at_large) + per_image * (wanted - large)).max())
 
 
-def _time(run: Run, n_images: int, side: int, channels: int) -> float:
-    """Seconds of a step; the one before it, which allocates and warms up, does not count."""
+def _time(run: Run, n_images: int, side: int, channels: int, *, n_steps: int = 1) -> float:
+    """Seconds of a step, the mean of `n_steps`; one before them, which allocates and warms up, does not count."""
     _rehearse(run, n_images, side, channels)
     began = time.perf_counter()
-    _rehearse(run, n_images, side, channels)
-    return time.perf_counter() - began
+    for _ in range(n_steps):
+        _rehearse(run, n_images, side, channels)
+    return (time.perf_counter() - began) / n_steps
 
 
 def _rehearse(run: Run, n_images: int, side: int, channels: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (n_images, channels, side, side), dtype=np.uint8)
     run.step(noise, np.ones(n_images, dtype=np.float32), step=0, done=0.5)
+    run.optimizer.zero_grad()
     if run.device.type == "cuda":
         torch.cuda.synchronize(run.device)
 
