@@ -137,21 +137,40 @@ def test_the_folder_for_transformers_holds_every_tensor(tmp_path, kwargs, model_
     assert sum(tensor.numel() for tensor in theirs.values()) == n_ours + extra + shift
 
 
-@pytest.mark.parametrize(
-    ("facts", "why"),
-    [
-        (replace(FACTS, pooling="avg"), "class token"),
-        (replace(FACTS, arch_kwargs=SMALL | {"qk_norm": True}), "blocks"),
-        (
-            ModelFacts("vit_small_patch16_dinov3", {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}, 32),
-            "Eva",
-        ),
-    ],
-)
-def test_what_transformers_cannot_say_is_refused(tmp_path, facts, why):
-    model = saved(tmp_path / "m", facts)
-    with pytest.raises(DinosearchError, match=why):
-        export_model(model, form="hf", out=tmp_path / "hf", note=quiet)
+FOREIGN = [
+    (replace(FACTS, pooling="avg"), "class token"),
+    (replace(FACTS, pooling="avg", stripes=2, arch_kwargs=SMALL | {"class_token": False}), "class token"),
+    (replace(FACTS, arch_kwargs=SMALL | {"qk_norm": True}), "blocks"),
+    (
+        ModelFacts("vit_small_patch16_dinov3", {"img_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}, 16),
+        "Eva",
+    ),
+]
+
+
+@pytest.mark.parametrize(("facts", "why"), FOREIGN)
+def test_other_models_are_timms_within_transformers(tmp_path, facts, why, monkeypatch):
+    monkeypatch.setattr(export, "_compare", lambda *_: (1.0, 0.0))
+    model, said = saved(tmp_path / "m", facts), []
+    export_model(model, form="hf", out=tmp_path / "hf", note=said.append)
+    assert any("timm_wrapper" in line and why in line for line in said)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    vit = timm.create_model(config["architecture"], num_classes=0, **config["model_args"]).eval()  # as the wrapper does
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    vit.load_state_dict({name.removeprefix("timm_model."): tensor for name, tensor in tensors.items()})
+    images = torch.randn(2, 3, 16, 16)
+    patches = vit.forward_features(images)[:, vit.num_prefix_tokens :]
+    vectors = vit(images) if model.stripes == 1 else vit.fc_norm(patches.unflatten(1, (2, -1)).mean(dim=2)).flatten(1)
+    torch.testing.assert_close(vectors, model.load_vit()(images), atol=1e-5, rtol=1e-5)
+    assert ("last_hidden_state" in (tmp_path / "hf/dinosearch.json").read_text()) == (model.stripes > 1)
+
+
+@pytest.mark.parametrize(("facts", "why"), FOREIGN)
+def test_transformers_loads_them_too(tmp_path, facts, why):
+    pytest.importorskip("transformers")
+    written = export_model(saved(tmp_path / "m", facts), form="hf", out=tmp_path / "hf", note=quiet)
+    assert written.cosine > 0.99999, why
+    assert written.max_difference < 1e-5
 
 
 @pytest.mark.parametrize(("form", "ending"), [("onnx", "onnx"), ("openvino", "xml")])

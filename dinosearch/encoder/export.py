@@ -134,7 +134,9 @@ def _write_openvino(model: ModelFolder, folder: Path, stem: str, note: Note) -> 
 def _write_hf(model: ModelFolder, folder: Path, _stem: str, note: Note) -> Embed | None:
     from dinosearch.vit.huggingface import write_huggingface
 
-    write_huggingface(model, model.load_vit(), folder)
+    foreign = write_huggingface(model, model.load_vit(), folder)
+    if foreign:
+        note(f"written as timm's module within transformers (timm_wrapper), which needs timm beside it: {foreign}")
     if model.fit == "pad":
         note("transformers has no word for this model's padding: pad images to a square before its processor")
     if importlib.util.find_spec("transformers") is None:
@@ -147,10 +149,18 @@ def _write_hf(model: ModelFolder, folder: Path, _stem: str, note: Note) -> Embed
 
     def embed(pixels: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            vectors = loaded(pixel_values=_normalised(model, torch.from_numpy(pixels))).pooler_output
+            made = loaded(pixel_values=_normalised(model, torch.from_numpy(pixels)))
+            vectors = made.pooler_output if model.stripes == 1 else _striped(model, loaded, made.last_hidden_state)
         return torch.nn.functional.normalize(vectors, dim=1).numpy()
 
     return embed
+
+
+def _striped(model: ModelFolder, loaded: Any, tokens: "torch.Tensor") -> "torch.Tensor":
+    """The vectors as a user makes them of what transformers gives."""
+    vit = loaded.timm_model
+    patches = tokens[:, vit.num_prefix_tokens :]
+    return vit.fc_norm(patches.unflatten(1, (model.stripes, -1)).mean(dim=2)).flatten(1)
 
 
 def _by_openvino(path: Path) -> Embed:
@@ -228,7 +238,10 @@ def _description(model: ModelFolder, form: str) -> str:
         {
             "input": f"pixel_values: float32 [n, {channels}, {side}, {side}], {colours}, (x / 255 - mean) / std, as "
             "preprocessor_config.json says",
-            "output": f"pooler_output: float32 [n, {model.dim}], not of unit length",
+            "output": f"pooler_output: float32 [n, {model.dim}], not of unit length"
+            if model.stripes == 1
+            else f"last_hidden_state: the means of its patches in {model.stripes} equal runs, each through "
+            f"timm_model.fc_norm and side by side, are float32 [n, {model.dim}], not of unit length",
         }
         if form == "hf"
         else {

@@ -1,6 +1,7 @@
 """A ViT's tensors under the names of Hugging Face transformers, with the configuration that says how to use them.
 
-Knows three architectures there: `vit` (no registers, no LayerScale: DINO's), `dinov2` and `dinov2_with_registers`.
+Knows three architectures there: `vit` (no registers, no LayerScale: DINO's), `dinov2` and `dinov2_with_registers`. All
+others go in as `timm_wrapper`, timm's own module within transformers, which needs timm beside it.
 Imports no transformers; what it writes is compared with the source by who calls it.
 """
 
@@ -9,7 +10,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinosearch.errors import DinosearchError
 from dinosearch.vit.folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -20,15 +20,17 @@ _RESAMPLING = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers, as transformers has them."""
 
 
-def write_huggingface(model: ModelFolder, vit: "torch.nn.Module", folder: Path) -> None:
+def write_huggingface(model: ModelFolder, vit: "torch.nn.Module", folder: Path) -> str | None:
     """Write config.json, model.safetensors and preprocessor_config.json; `pooler_output` is the model's vector.
 
-    vit: the model's own, as `ModelFolder.load_vit` gives it. Raises DinosearchError for what transformers cannot say.
+    But for stripes, of which transformers knows nothing: `last_hidden_state` has the patches that they are means of.
+    vit: the model's own, as `ModelFolder.load_vit` gives it. Returns why it is none of transformers' own architectures,
+    if it is not.
     """
     from safetensors.torch import save_file
 
-    _check_expressible(model, vit)
-    config, tensors = _converted(vit)
+    foreign = _why_foreign(model, vit)
+    config, tensors = _wrapped(model, vit) if foreign else _converted(vit)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(
         {name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()},
@@ -37,9 +39,10 @@ def write_huggingface(model: ModelFolder, vit: "torch.nn.Module", folder: Path) 
     )
     preprocessing = json.dumps(_preprocessing(model), indent=2) + "\n"
     (folder / "preprocessor_config.json").write_text(preprocessing, encoding="utf-8")
+    return foreign
 
 
-def _check_expressible(model: ModelFolder, vit: Any) -> None:
+def _why_foreign(model: ModelFolder, vit: Any) -> str | None:
     from timm.layers import Attention, Mlp, PatchEmbed
     from timm.models.vision_transformer import Block, VisionTransformer
     from torch import nn
@@ -58,20 +61,38 @@ def _check_expressible(model: ModelFolder, vit: Any) -> None:
             and attention.qkv.bias is not None
         )
 
-    problem = None
     if type(vit) is not VisionTransformer or type(vit.patch_embed) is not PatchEmbed:
-        problem = f"timm's {type(vit).__name__} is none of its ViT, Dinov2 or Dinov2WithRegisters"
-    elif model.pooling != "token" or vit.cls_token is None:
-        problem = "its vector is the class token's, this model's is not"
-    elif vit.pos_embed is None or not isinstance(vit.norm_pre, nn.Identity) or not isinstance(vit.norm, nn.LayerNorm):
-        problem = "its position embeddings or norms are others"
-    elif not all(map(plain, vit.blocks)):
-        problem = "its blocks are others than this model's (activation, gates, normalised queries or SwiGLU)"
-    if problem:
-        raise DinosearchError(
-            f"{model.name} ({model.arch}) cannot be written for transformers: {problem}. "
-            "Export it --to onnx or openvino, or load it as its model card shows"
-        )
+        return f"timm's {type(vit).__name__} is none of its ViT, Dinov2 or Dinov2WithRegisters"
+    if model.pooling != "token" or vit.cls_token is None:
+        return "its vector is the class token's, this model's is not"
+    if vit.pos_embed is None or not isinstance(vit.norm_pre, nn.Identity) or not isinstance(vit.norm, nn.LayerNorm):
+        return "its position embeddings or norms are others"
+    if not all(map(plain, vit.blocks)):
+        return "its blocks are others than this model's (activation, gates, normalised queries or SwiGLU)"
+    return None
+
+
+def _wrapped(model: ModelFolder, vit: Any) -> tuple[dict[str, Any], dict[str, "Tensor"]]:
+    side = model.image_size
+    config = {
+        "model_type": "timm_wrapper",
+        "architectures": ["TimmWrapperModel"],
+        "architecture": model.arch.split(".")[0],  # what comes behind a dot names weights
+        "model_args": model.arch_kwargs | {"global_pool": model.pooling},
+        "num_features": vit.num_features,
+        "num_classes": 0,
+        "do_pooling": True,
+        "pretrained_cfg": {
+            "input_size": [model.channels, side, side],
+            "interpolation": model.interpolation,
+            "crop_pct": model.crop_pct,
+            "mean": list(model.mean),
+            "std": list(model.std),
+            "num_classes": 0,
+        },
+        "torch_dtype": "float32",
+    }
+    return config, {f"timm_model.{name}": tensor for name, tensor in vit.state_dict().items()}
 
 
 def _converted(vit: Any) -> tuple[dict[str, Any], dict[str, "Tensor"]]:
