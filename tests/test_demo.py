@@ -14,7 +14,7 @@ from PIL import Image
 import dinosearch.demo.data as data_module
 from dinosearch.demo.data import FASHION_CLASSES, lay_out
 from dinosearch.demo.run import run_demo
-from dinosearch.errors import DinosearchError
+from dinosearch.errors import DinosearchError, Interrupted
 
 
 def quiet(*_: object) -> None:
@@ -120,6 +120,8 @@ class Remote(HTMLParser):
 
 def test_the_whole_demo_on_two_plain_classes(tmp_path: Path) -> None:
     data = class_folders(tmp_path / "given", per_class=40)
+    for i in range(0, 40, 4):  # in either part of the split
+        (data / "red" / f"{i}-bad.jpg").write_bytes((data / "red" / f"{i}.jpg").read_bytes()[:300])
     demo = tmp_path / "demo"
     report = run_demo(demo, data=data, minutes=0.05, note=quiet, progress=quiet)
     facts = json.loads((demo / "report.json").read_text())
@@ -139,6 +141,19 @@ def test_the_whole_demo_on_two_plain_classes(tmp_path: Path) -> None:
         assert scores == sorted(scores, reverse=True)
         assert shown.path not in [match.path for match, _ in shown.matches]
         assert all(label == shown.label for _, label in shown.matches[:3])
+
+
+def test_a_demo_stops_where_it_is_asked_to(tmp_path: Path) -> None:
+    stages: list[str] = []
+    with pytest.raises(Interrupted, match=r"stopped at .*untrained"):
+        run_demo(
+            tmp_path / "demo",
+            data=class_folders(tmp_path / "given"),
+            note=quiet,
+            progress=lambda stage, *_: stages.append(stage),
+            stop=lambda: any("(untrained)" in stage for stage in stages),
+        )
+    assert not (tmp_path / "demo" / "report.json").exists()
 
 
 @pytest.mark.slow

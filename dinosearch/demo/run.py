@@ -172,6 +172,12 @@ class _Demo:
         self.progress = progress
         self.stop = stop
 
+    def _show(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """Where the demo is. Raises Interrupted once somebody has asked to stop."""
+        if self.stop():
+            raise Interrupted(f"stopped at {stage}: the demo starts over when it is run again")
+        self.progress(stage, done, total, "")
+
     def train(self, name: str, *, steps: int | None = None, minutes: float | None = None) -> ModelFolder:
         from dinosearch.pretrain.train import TrainConfig, train
 
@@ -212,7 +218,7 @@ class _Demo:
         )
         with closing(sync):
             for item in sync:
-                self.progress(f"{item.stage} ({name})", item.done, item.total, "")
+                self._show(f"{item.stage} ({name})", item.done, item.total)
         return path
 
     def probe(self, index_path: Path) -> "ProbeReport":
@@ -220,7 +226,7 @@ class _Demo:
         from dinosearch.query.labels import load_labels
         from dinosearch.query.probe import probe
 
-        self.progress(f"probe ({index_path.name})", 0, 0, "")
+        self._show(f"probe ({index_path.name})")
         files, vectors = read_vectors(index_path)
         known = load_labels(self.images.labels_path, files)
         return probe(vectors[known.rows], known.labels, split=known.splits, note=self.note)
@@ -229,31 +235,33 @@ class _Demo:
         """k-NN accuracy of the pixels themselves, with the same vote: what no training at all gives."""
         from dinosearch.query.probe import MAX_K, knn_vote
 
-        self.progress("raw pixels", 0, 0, "")
+        self._show("raw pixels")
         rows = _read_labels(self.images.labels_path)
         names = sorted({label for _, label, _ in rows})
         vectors = {}
         classes = {}
         for split in ("train", "test"):
             part = [(self.folder / path, label) for path, label, found in rows if found == split]
-            vectors[split] = _pixel_vectors([path for path, _ in part])
-            classes[split] = np.array([names.index(label) for _, label in part])
-        k = min(MAX_K, int(np.bincount(classes["train"]).min()))
+            kept, vectors[split] = _pixel_vectors([path for path, _ in part])
+            classes[split] = np.array([names.index(part[row][1]) for row in kept])
+        k = max(1, min(MAX_K, int(np.bincount(classes["train"]).min())))
         votes = knn_vote(vectors["train"], classes["train"], vectors["test"], k=k)
         return Scores(float((votes == classes["test"]).mean()))
 
     def shown(self, model: ModelFolder, index_path: Path) -> list[Shown]:
         """Matches of one held-out image per class, without the image itself."""
         from dinosearch.encoder import open_encoder
+        from dinosearch.index.contents import read_vectors
         from dinosearch.query.search import open_index, query_images
 
-        self.progress("queries", 0, 0, "")
+        self._show("queries")
         rows = _read_labels(self.images.labels_path)
         labels = {(self.folder / path).resolve(): label for path, label, _ in rows}
+        readable = {Path(file.path) for file in read_vectors(index_path)[0]}
         first: dict[str, Path] = {}
         for path, label, split in rows:
-            if split == "test":
-                first.setdefault(label, (self.folder / path).resolve())
+            if split == "test" and (found := (self.folder / path).resolve()) in readable:
+                first.setdefault(label, found)
         queries = [first[label] for label in sorted(first)][:SHOWN_QUERIES]
         shown = []
         with open_index(index_path) as index:
@@ -272,11 +280,19 @@ def _read_labels(path: Path) -> list[tuple[str, str, str]]:
         return [(row["path"], row["label"], row["split"]) for row in csv.DictReader(file)]
 
 
-def _pixel_vectors(paths: list[Path]) -> np.ndarray:
-    """Unit float32 [n, 3 × 28 × 28] of the images as they are, squeezed into small squares."""
-    from dinosearch.images import Fit, decode, in_threads, read_bytes
+def _pixel_vectors(paths: list[Path]) -> tuple[list[int], np.ndarray]:
+    """Positions of the images that can be read, and unit float32 [n, 3 × 28 × 28]: they in small squares, squeezed."""
+    from dinosearch.images import BadImage, Fit, decode, in_threads, read_bytes
 
-    side = 28
-    pixels = np.stack([p.pixels for p in in_threads(lambda path: decode(read_bytes(path), Fit(side, "squash")), paths)])
-    flat = pixels.reshape(len(pixels), -1).astype(np.float32)
-    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+    fit = Fit(28, "squash")
+
+    def squeezed(path: Path) -> np.ndarray | None:
+        try:
+            return decode(read_bytes(path), fit).pixels
+        except BadImage:
+            return None
+
+    squares = list(in_threads(squeezed, paths))
+    kept = [i for i, pixels in enumerate(squares) if pixels is not None]
+    flat = np.stack([pixels for pixels in squares if pixels is not None]).reshape(len(kept), -1).astype(np.float32)
+    return kept, flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
