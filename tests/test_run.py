@@ -31,13 +31,17 @@ def test_the_teacher_moves_by_its_momentum_towards_the_stepped_student() -> None
         torch.testing.assert_close(after, 0.75 * before[name] + 0.25 * student[name], atol=1e-6, rtol=1e-5)
 
 
-def test_the_prototypes_stay_while_they_are_frozen() -> None:
-    run = Run(TINY, seed=0, device=CPU)
-    before = run.student.head.prototypes.weight_v.detach().clone()
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+def test_the_prototypes_stay_while_they_are_frozen(norm_last_layer: bool) -> None:
+    run = Run(replace(TINY, norm_last_layer=norm_last_layer), seed=0, device=CPU)
+    before = copies(run.student.head.prototypes)
     run.step(*batch(), step=0, done=0.0)
-    assert torch.equal(run.student.head.prototypes.weight_v, before)
+    assert all(torch.equal(before[name], tensor) for name, tensor in copies(run.student.head.prototypes).items())
     run.step(*batch(), step=1, done=0.5)
-    assert not torch.equal(run.student.head.prototypes.weight_v, before)
+    moved = {
+        name for name, tensor in copies(run.student.head.prototypes).items() if not torch.equal(before[name], tensor)
+    }
+    assert moved == ({"weight_v"} if norm_last_layer else {"weight_v", "weight_g"})
 
 
 def test_weight_decay_follows_its_schedule_and_spares_vectors() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,8 +24,12 @@ FUSED_ATTENTION_TOKENS = 64
 class Net(nn.Module):
     """`backbone`, and the heads by the names that their method gives them: `head` in most."""
 
-    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module], *, parts: int = 1) -> None:
+        """parts: what `FrugalBlocks` cannot cut goes through the backbone in so many parts, computed again on the way
+        back.
+        """
         super().__init__()
+        self._parts = 1 if is_plain(backbone) else parts
         self.backbone: Any = backbone
         self.head: Any
         self.patch_head: Any
@@ -43,20 +48,32 @@ class Net(nn.Module):
         in no stripe of the image.
         masks: bool [n, rows, columns], patches to hide; a method that does so has a head called `mask_token`.
         """
-        self._masks = masks
-        tokens = self.backbone.forward_features(images)
-        self._masks = None
+        tokens = self._tokens(images, masks)
         return whole_mean(self.backbone, tokens), tokens[:, self.backbone.num_prefix_tokens :]
 
     def encode_sizes(self, *crops: Tensor) -> Tensor:
         """Features [n, dim] as `encode` gives them, of crops [n_i, 3, size_i, size_i] of several sizes in turn."""
         if not can_pack(self.backbone):
-            of_sizes = [self.backbone.forward_features(images) for images in crops]
+            of_sizes = [self._tokens(images) for images in crops]
         elif has_class_feature(self.backbone):
             of_sizes = [packed_class_tokens(self.backbone, crops)[:, None]]
         else:
             of_sizes = packed_features(self.backbone, crops)
         return torch.cat([whole_mean(self.backbone, tokens) for tokens in of_sizes])
+
+    def _tokens(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """All tokens of the last block [n, n_tokens, dim]."""
+        if self._parts == 1:
+            return self._through(images, masks)
+        hidden = [None] * self._parts if masks is None else masks.tensor_split(self._parts)
+        parts = zip(images.tensor_split(self._parts), hidden, strict=True)
+        return torch.cat([_recomputed(self._through, part, mask) for part, mask in parts if len(part)])
+
+    def _through(self, images: Tensor, masks: Tensor | None) -> Tensor:
+        self._masks = masks
+        tokens = self.backbone.forward_features(images)
+        self._masks = None
+        return tokens
 
     def _hide(self, _module: nn.Module, _inputs: Any, patches: Tensor) -> Tensor:
         return patches if self._masks is None else self.mask_token(patches, self._masks)
@@ -98,8 +115,13 @@ class FrugalBlocks(nn.Sequential):
         return tokens
 
 
-def _recomputed(function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    return checkpoint(function, tokens, use_reentrant=False) if torch.is_grad_enabled() else function(tokens)
+def _recomputed(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
+
+
+def is_plain(backbone: nn.Module) -> bool:
+    """Its blocks take tokens and nothing else; those of Eva (DINOv3) take rotary positions beside them."""
+    return isinstance(backbone, VisionTransformer)
 
 
 def create_backbone(recipe: Recipe, *, drop_path_rate: float, device: torch.device) -> nn.Module:
@@ -111,7 +133,9 @@ def create_backbone(recipe: Recipe, *, drop_path_rate: float, device: torch.devi
     if recipe.uniform_drop_path and drop_path_rate > 0:  # timm's rate grows from 0 in the first block
         for block in backbone.blocks:
             block.drop_path1, block.drop_path2 = DropPath(drop_path_rate), DropPath(drop_path_rate)
-    if recipe.accumulate > 1 or recipe.checkpoint_activations:
+    if recipe.checkpoint_activations and not is_plain(backbone):
+        backbone.set_grad_checkpointing(True)
+    elif recipe.accumulate > 1 or recipe.checkpoint_activations:
         backbone.blocks = FrugalBlocks(backbone.blocks, parts=recipe.accumulate, each=recipe.checkpoint_activations)
     if device.type == "cpu" and can_project(getattr(backbone.patch_embed, "proj", None)):
         backbone.patch_embed.proj = PatchProjection(backbone.patch_embed.proj)

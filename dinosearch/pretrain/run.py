@@ -32,7 +32,7 @@ class Outcome:
     terms: dict[str, Tensor]
     """Every term of the loss by name, without its weight."""
     teacher_logits: Tensor
-    """[2, batch, out_dim]"""
+    """[2, batch, out_dim], or what else the method's `assignments` are made from"""
     teacher_features: Tensor
     """[2 × batch, dim]"""
     teacher_temperature: float
@@ -173,7 +173,8 @@ class Run:
 
     def _net(self, *, drop_path_rate: float) -> Net:
         backbone = create_backbone(self.recipe, drop_path_rate=drop_path_rate, device=self.device)
-        return Net(backbone, self.objective.heads(n_features(backbone))).to(self.device)
+        heads = self.objective.heads(n_features(backbone))
+        return Net(backbone, heads, parts=self.recipe.accumulate).to(self.device)
 
     def _forward_crops(self, *views: Tensor) -> Forwarded:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device)):
@@ -183,7 +184,7 @@ class Run:
         """Drop the gradients of what is not to move yet: optimizers leave alone what has none."""
         frozen: list[nn.Parameter] = []
         if done < self.recipe.freeze_last_layer:
-            frozen += [layer.weight_v for layer in self._last_layers]
+            frozen += [parameter for layer in self._last_layers for parameter in layer.parameters()]
         if done < self.recipe.freeze_backbone:
             frozen += self.student.backbone.parameters()
         for parameter in frozen:
