@@ -163,6 +163,20 @@ def test_an_untrained_model_says_so(tmp_path: Path) -> None:
     text = card(a_model(tmp_path / "start", method="none", steps=0), curves=False)
     assert "untrained" in text
     assert "How it went" not in text
+    text = card(a_model(tmp_path / "start", method="none", steps=0, start={"model": "cats"}), curves=False)
+    assert "The weights of `cats` as they were" in text
+    assert "random weights" not in text
+
+
+def test_weights_that_were_not_improved_on_are_not_called_taught(tmp_path: Path) -> None:
+    quality = {"step": 0, "recall_at_1": 0.75, "embedding_rank": 20.5}
+    start = {"model": "cats", "exported": True, "quality": quality}
+    text = card(a_model(tmp_path / "new", start=start, quality=quality), curves=False)
+    assert "The weights of `cats` as they were: what was taught" in text
+    assert "A vision transformer taught" not in text
+    assert "embedding rank | 20.5 (" in text
+    better = card(a_model(tmp_path / "new", start=start | {"exported": False}), curves=False)
+    assert "A vision transformer taught" in better
 
 
 def test_both_lie_in_the_model_folder(tmp_path: Path) -> None:

@@ -77,6 +77,28 @@ def test_labels_that_say_nothing_are_refused(squares: Path) -> None:
         knn_accuracy(np.eye(4, dtype=np.float32), ["a"] * 4)
 
 
+def test_labels_that_leave_nothing_to_ask_are_refused_before_training(squares: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (squares / "dark").rename(tmp_path / "one" / "dark")
+    with pytest.raises(DinosearchError, match="Label images of two classes"):
+        open_exam("folders", [tmp_path / "one"])
+    labels = tmp_path / "labels.csv"
+    labels.write_text("path,label\none/dark/00.png,a\none/dark/02.png,b\n")
+    with pytest.raises(DinosearchError, match="test"):
+        open_exam(str(labels), [tmp_path / "one"])
+
+
+def test_a_split_whose_test_images_lie_elsewhere_is_done_without(tiny_model: ModelFolder, squares: Path) -> None:
+    rows = [f"images/{path.relative_to(squares)},{path.parent.name},train" for path in sorted(squares.rglob("*.png"))]
+    table = squares.parent / "labels.csv"
+    table.write_text("path,label,split\n" + "\n".join([*rows, "test/a.png,dark,test"]) + "\n")
+    said: list[str] = []
+    exam = open_exam(str(table), [squares], note=said.append)
+    vit = tiny_model.load_vit()
+    assert exam(vit, tiny_model) == open_exam("folders", [squares])(vit, tiny_model)
+    assert any("a fifth of each class is asked about" in line for line in said)
+
+
 def test_a_run_reports_accuracy_by_labels_and_learns_nothing_from_them(squares: Path, tmp_path: Path) -> None:
     small = {
         "image_size": 16,

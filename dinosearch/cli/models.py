@@ -76,5 +76,8 @@ def _facts(model: "ModelFolder") -> dict[str, Any]:
 
 
 def _metrics(trained: dict[str, Any]) -> str:
-    numbers = {name: trained.get(name) for name in ("steps", "loss", "knn_top1")} | (trained.get("metrics") or {})
+    numbers = {name: trained.get(name) for name in ("steps", "loss")}
+    numbers |= {
+        name: (trained.get("quality") or {}).get(name) for name in ("recall_at_1", "embedding_rank", "knn_top1")
+    }
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, int | float))

@@ -19,7 +19,7 @@ EXPLAINED = {
 
 QUALITY = {
     "recall_at_1": "share of images that find themselves among many, under another distortion",
-    "rank": "effective number of directions, of undistorted images",
+    "embedding_rank": "effective number of directions, of undistorted images",
     "knn_top1": "k-NN accuracy by the labels given",
     "step": "of the weights exported",
 }
@@ -37,13 +37,7 @@ def card(model: ModelFolder, *, curves: bool) -> str:
     trained = model.trained
     untrained = trained.get("method") == "none"
     data = ", ".join(f"`{folder}`" for folder in trained.get("data", []))
-    how = (
-        "An untrained vision transformer: random weights, to compare trained ones with."
-        if untrained
-        else f"A vision transformer taught by self-distillation ({trained['method']}) from {trained['images']:,} "
-        "images without labels."
-    )
-    parts = [f"# {model.name}", how]
+    parts = [f"# {model.name}", _how(trained)]
     if curves:
         parts.append(f"![How the run went]({CURVES})")
     size = f"{model.image_size}×{model.image_size} px"
@@ -78,6 +72,22 @@ def card(model: ModelFolder, *, curves: bool) -> str:
         "Whatever the images over-represent, the neighbours will too.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _how(trained: Mapping[str, Any]) -> str:
+    """What these weights are, in a sentence or two."""
+    start = trained.get("start")
+    if trained.get("method") == "none":
+        if start:
+            return f"The weights of `{start['model']}` as they were: no step was made."
+        return "An untrained vision transformer: random weights, to compare trained ones with."
+    taught = f"taught by self-distillation ({trained['method']}) from {trained['images']:,} images without labels"
+    if start and start.get("exported"):
+        return (
+            f"The weights of `{start['model']}` as they were: what was {taught} did not improve on them. Loss and "
+            "health below are of what was learnt and given up, the quality is of these weights."
+        )
+    return f"A vision transformer {taught}."
 
 
 def _use(model: ModelFolder) -> str:

@@ -15,7 +15,7 @@ from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.images import BadImage, Fit, decode, find_images, in_threads, n_cores, pixel_budget, read_bytes
 from dinosearch.index.contents import IndexedFile
 from dinosearch.query.labels import load_labels
-from dinosearch.query.probe import knn_accuracy
+from dinosearch.query.probe import knn_accuracy, pose_task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,8 @@ CHUNK = 256
 class Exam:
     """Asks one backbone after another about the same held-out images.
 
-    split: "train" or "test" for each path; without it a fifth of each class is held out.
+    split: "train" or "test" for each path; without it a fifth of each class is held out. Raises DinosearchError when
+    the labels leave nothing to tell apart, before any picture is read.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class Exam:
         self._split = [split[row] for row in rows] if split is not None else None
         self._note = note
         self._pixels: np.ndarray | None = None
+        pose_task(self._labels, split=self._split)
 
     def __call__(self, backbone: nn.Module, facts: ModelFacts) -> tuple[float, int]:
         """Share of held-out images whose class a vote of the nearest finds, and their number. It is in eval mode.
 
-        Raises DinosearchError when the labels leave nothing to tell apart.
+        Raises DinosearchError when the files that can be read leave nothing to tell apart.
         """
         if self._pixels is None:
             self._pixels = self._read(facts)
@@ -104,7 +106,11 @@ def open_exam(labels: str, folders: Sequence[Path], *, note: Callable[[str], Non
     known = load_labels(Path(labels), files)
     if known.unmatched:
         note(f"{len(known.unmatched)} lines of {labels} name no image that is trained on")
-    return Exam([Path(files[row].path) for row in known.rows], known.labels, split=known.splits, note=note)
+    split = known.splits
+    if split is not None and len(set(split)) < 2:  # the others are kept from training, as they should be
+        note(f"all images trained on are {split[0]!r} in the split of {labels}: a fifth of each class is asked about")
+        split = None
+    return Exam([Path(files[row].path) for row in known.rows], known.labels, split=split, note=note)
 
 
 def _embed(backbone: nn.Module, pixels: np.ndarray, facts: ModelFacts) -> np.ndarray:
