@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+from dinosearch.vit.folder import ModelFacts, create_vit
 
 REPOSITORY = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -51,8 +54,6 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batch(tmp_path: Path
     assert done.returncode == 0, done.stderr
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     assert one.keys() == two.keys()
-    if method == "distill":  # its health is of neighbours within the parts
-        del one["health"]
     for name, tensor in one.items():
         torch.testing.assert_close(
             two[name], tensor, rtol=1e-4, atol=5e-5, msg=lambda told, name=name: f"{name} {told}"
@@ -73,6 +74,31 @@ def test_a_team_prints_once_and_resumes_to_the_same_bits(work: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["resumed_from_step"] == int(before.stem.split("-")[1])
     assert (work / "models" / "a" / "weights.safetensors").read_bytes() == weights
+
+
+def test_a_release_is_imported_once(work: Path) -> None:
+    facts = ModelFacts("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2}, 16)
+    torch.save(
+        create_vit(replace(facts, arch_kwargs=facts.arch_kwargs | {"num_heads": 1})).state_dict(), work / "a.pth"
+    )
+    words = (
+        "--batch-size",
+        "8",
+        "--out-dim",
+        "32",
+        "--local-crops",
+        "2",
+        "--local-size",
+        "8",
+        "--labels",
+        "labels.csv",
+    )
+    (work / "labels.csv").write_text("path,label\n" + "".join(f"digits/{i}.png,{i % 2}\n" for i in range(25)))
+    start = ("-m", "dinosearch", "train", "digits", "--from", "a.pth", "--steps", "2", "--name", "new", *words)
+    done = torchrun(*start, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (work / "models").iterdir()) == ["a", "new"]
+    assert done.stderr.count("1 lines of labels.csv name no image") == 1
 
 
 def test_a_batch_that_cannot_be_cut_evenly_is_wrong_usage(work: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole runs on a few small images: what they learn from, leave behind, refuse, and how they go on."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,9 @@ from safetensors.torch import load_file
 
 import dinosearch.pretrain.plan as plan_module
 from dinosearch.errors import DinosearchError, Interrupted, UsageError
-from dinosearch.pretrain.bank import batch_indices
+from dinosearch.pretrain.bank import ImageBank, batch_indices
 from dinosearch.pretrain.checkpoint import Checkpoint, last_checkpoint
-from dinosearch.pretrain.course import Progress, TrainReport
+from dinosearch.pretrain.course import Evaluate, Progress, TrainReport
 from dinosearch.pretrain.train import TrainConfig, train
 from dinosearch.vit.folder import list_models, open_model
 
@@ -229,6 +230,40 @@ def test_resume_without_a_checkpoint_starts_over_and_says_so(images: Path, tmp_p
     assert any("starting over" in line for line in said)
 
 
+def test_a_small_folder_with_a_bad_file_is_trained_on_without_it(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    whole = (folder / "0.png").read_bytes()
+    (folder / "bad.png").write_bytes(whole[: len(whole) // 2])
+    unasked = {name: value for name, value in QUICK.items() if name != "batch_size"}
+
+    def learnt(name: str, **given: Any) -> tuple[TrainReport, int]:
+        config = TrainConfig(
+            images=(folder,), models=tmp_path, name=name, device="cpu", steps=3, overrides=unasked | given
+        )
+        report = list(train(config))[-1].report
+        assert report is not None
+        return report, open_model(tmp_path / name).trained["recipe"]["batch_size"]
+
+    report, batch_size = learnt("a")
+    assert (report.images, report.steps, batch_size) == (20, 3, 20)
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "| batch size | 20 | all the images that can be read |" in card
+    assert learnt("b", accumulate=3)[1] == 18
+    with pytest.raises(UsageError, match="only 20 images can be read: choose --batch-size 20 or less"):
+        learnt("c", batch_size=21)
+
+
+def test_labels_whose_images_cannot_be_read_cost_the_accuracy_alone(images: Path, tmp_path: Path) -> None:
+    def fails(_backbone: torch.nn.Module, _facts: object) -> tuple[float, int]:
+        raise DinosearchError("none of the labelled images can be read")
+
+    said: list[str] = []
+    report, _ = run(images, tmp_path, steps=3, name="a", evaluate=fails, note=said.append)
+    assert (report.steps, report.knn_top1) == (3, None)
+    assert [line for line in said if "no accuracy is reported from here on: none of the labelled" in line]
+
+
 def test_a_model_without_a_checkpoint_is_not_resumed_over(images: Path, tmp_path: Path) -> None:
     run(images, tmp_path, name="a", steps=0)
     before = weights(tmp_path / "a")
@@ -269,6 +304,36 @@ def test_a_resumed_run_has_the_seed_it_began_with_and_chooses_alike(images: Path
     with pytest.raises(UsageError, match="begun with --select labels: give it, and --labels, again"):
         run(images, tmp_path, name="b", resume=True)
     run(images, tmp_path, name="b", resume=True, **labelled)
+
+
+def test_a_resumed_run_asks_by_the_labels_it_began_with(images: Path, tmp_path: Path) -> None:
+    opened: list[str] = []
+
+    def examine(labels: str) -> Evaluate:
+        opened.append(labels)
+        return lambda _backbone, _facts: (0.5, 10)
+
+    table = tmp_path / "labels.csv"
+    table.touch()
+    labelled: dict[str, Any] = {"labels": str(table), "select": "labels", "evaluate": examine(str(table))}
+    run(images, tmp_path, name="a", steps=6, stop=stops_after(4), **labelled)
+    report, _ = run(images, tmp_path, name="a", resume=True, examine=examine)
+    assert (report.steps, report.knn_top1, opened) == (6, 0.5, [str(table)] * 2)
+
+
+def test_a_report_says_how_long_steps_waited_for_images(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = ImageBank.take
+
+    def slow(self: ImageBank, indices: np.ndarray) -> Any:
+        time.sleep(0.2)
+        return take(self, indices)
+
+    quick, _ = run(images, tmp_path, steps=8, name="quick")
+    monkeypatch.setattr(ImageBank, "take", slow)
+    waiting, _ = run(images, tmp_path, steps=8, name="waiting")
+    assert 0 <= quick.health["data_wait"] < waiting.health["data_wait"] < 1
 
 
 def test_a_short_time_budget_quickens_the_teacher(images: Path, tmp_path: Path) -> None:

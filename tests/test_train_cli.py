@@ -75,6 +75,27 @@ def test_a_run_is_logged_where_asked_and_its_card_tells_reasons(work: Path) -> N
     train("--steps", "3", "--name", "other", "--log", "paper", cwd=work, code=2)
 
 
+def test_a_start_that_nothing_improved_on_is_told(work: Path) -> None:
+    train(*TINY, "--steps", "0", "--name", "start", cwd=work)
+    words = arguments("--from", "start", "--steps", "2", "--name", "same", "--out-dim", "32", "--local-crops", "2")
+    never = ("--batch-size", "8", "--local-size", "8", "--set", "freeze_backbone=1")
+    done = subprocess.run([*words[:-1], *never], cwd=work, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nothing learnt improved on the start" in done.stderr.replace("\n", " ")
+    assert "features of step 0: recall@1" in done.stdout
+    listed = [sys.executable, "-m", "dinosearch", "models"]
+    told = subprocess.run(listed, cwd=work, env=environment() | {"COLUMNS": "300"}, capture_output=True, text=True)
+    assert "recall_at_1" in told.stdout
+
+
+@pytest.mark.parametrize("words", [("--lr", "nan"), ("--lr", "-1"), ("--cache-size", "nan"), ("--lr", "inf")])
+def test_numbers_that_are_none_are_wrong_usage(work: Path, words: tuple[str, str]) -> None:
+    before = sorted(work.glob("models/*"))
+    told = train(*TINY, *words, "--steps", "2", cwd=work, code=2)
+    assert words[0].lstrip("-").replace("-", "_") in told.stderr.replace("-", "_")
+    assert sorted(work.glob("models/*")) == before
+
+
 def test_an_unknown_setting_is_wrong_usage(work: Path) -> None:
     told = train("--set", "centre_momentum=0.9", "--steps", "0", cwd=work, code=2)
     assert "Did you mean center_momentum" in told.stderr

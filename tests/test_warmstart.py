@@ -198,6 +198,20 @@ def test_a_small_model_learns_from_a_larger_one_and_resumes_to_the_same_bits(ima
     assert model.load_vit()(torch.zeros(1, 3, 8, 8)).shape == (1, model.dim)
 
 
+def test_a_teacher_that_lies_elsewhere_is_found_there_again(images: Path, models: Path, tmp_path: Path) -> None:
+    (models / "cats").rename(tmp_path / "cats")
+    overrides = {"method": "distill", "image_size": 8, "patch_size": 4, "local_crops": None}
+    teacher = str(tmp_path / "cats")
+    assert run(images, models, name="a", teacher=teacher, steps=6, stop=stops_after(4), overrides=overrides).stopped
+    assert run(images, models, name="a", resume=True, overrides={"local_crops": None}).steps == 6
+    run(images, models, name="b", teacher=teacher, steps=6, stop=stops_after(4), overrides=overrides)
+    facts = open_model(tmp_path / "cats")
+    torch.manual_seed(8)
+    save_model(tmp_path / "cats", create_vit(facts), FACTS, trained={"method": "dino"})  # another one in its place
+    with pytest.raises(DinosearchError, match="which this run learns from"):
+        run(images, models, name="b", resume=True, overrides={"local_crops": None})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -238,7 +252,69 @@ def test_what_is_exported_is_never_worse_than_the_start(
     assert any("nothing learnt improved on the start" in line for line in said) == (not better)
     assert new.trained["start"]["exported"] == (not better)
     assert new.trained["start"]["quality"]["recall_at_1"] == (0.8 if better else 0.9)
+    assert (report.quality["step"], report.quality["recall_at_1"]) == (4 if better else 0, 0.9)
     assert run(images, models, name="new", resume=True) == report
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_labels_that_choose_judge_the_start_too(
+    images: Path, models: Path, monkeypatch: pytest.MonkeyPatch, better: bool
+) -> None:
+    start = weights(models / "cats")
+
+    def is_start(backbone: torch.nn.Module) -> bool:
+        return all(torch.equal(tensor, start[name]) for name, tensor in backbone.state_dict().items())
+
+    def accuracy(backbone: torch.nn.Module, _facts: ModelFacts) -> tuple[float, int]:
+        return (0.5 if is_start(backbone) == better else 0.75), 40
+
+    def recall(backbone: torch.nn.Module, *_: Any, **__: Any) -> Quality:  # says the opposite
+        return Quality(recall_at_1=0.9 if is_start(backbone) == better else 0.8, rank=5.0)
+
+    monkeypatch.setattr(course, "measure_quality", recall)
+    settings: dict[str, Any] = {"steps": 4, "start": "cats", "overrides": {"freeze_backbone": 0}}
+    said: list[str] = []
+    report = run(images, models, name="new", evaluate=accuracy, select="labels", note=said.append, **settings)
+    assert open_model(models / "new").trained["start"]["exported"] == (not better)
+    assert report.knn_top1 == 0.75
+    assert any("right by k-NN, by the start 0.750" in line for line in said) == (not better)
+    by_recall = run(images, models, name="other", evaluate=accuracy, **settings)
+    assert open_model(models / "other").trained["start"]["exported"] == better
+    assert by_recall.knn_top1 == 0.5
+
+
+def test_a_release_is_read_at_the_size_that_is_trained(tmp_path: Path) -> None:
+    facts = replace(FACTS, arch_kwargs=FACTS.arch_kwargs | {"img_size": 264}, image_size=264)
+    vit = create_vit(facts)
+    torch.save({"teacher": vit.state_dict()}, tmp_path / "dino.pth")
+    start = warmstart.choose_start(
+        str(tmp_path / "dino.pth"),
+        models=tmp_path / "models",
+        n_images=20,
+        image_size=264,
+        chosen=False,
+        note=lambda _: None,
+    )
+    assert start is not None
+    positions: Any = start.backbone.pos_embed
+    assert torch.equal(positions, vit.state_dict()["pos_embed"]), "not by way of 224 px, the size of a plain import"
+
+
+def test_a_start_of_a_run_that_never_began_is_none_of_the_next(images: Path, models: Path) -> None:
+    run(images, models, start="cats", steps=1, name="a")
+    (models / "a" / "model.json").unlink()
+    for checkpoint in (models / "a" / "training").glob("checkpoint-*"):
+        checkpoint.unlink()
+    kwargs = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    settings: dict[str, Any] = {
+        "name": "a",
+        "resume": True,
+        "steps": 12,
+        "overrides": {"image_size": 16, "patch_size": 4, "arch_kwargs": kwargs},
+    }
+    assert run(images, models, stop=stops_after(6), **settings).stopped
+    assert run(images, models, **settings).steps == 12
+    assert "start" not in open_model(models / "a").trained
 
 
 def test_what_does_not_fit_is_no_start_unless_it_is_asked_for(models: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`train`: a model from images."""
 
+import math
 import time
 from dataclasses import asdict
 from enum import StrEnum
@@ -11,6 +12,7 @@ import typer
 from dinosearch.cli import show
 from dinosearch.cli.exits import asked_to_stop
 from dinosearch.cli.index import DeviceOption, JsonOption
+from dinosearch.errors import UsageError
 
 if TYPE_CHECKING:
     from dinosearch.pretrain.train import Progress, TrainReport
@@ -45,7 +47,7 @@ def train(
     channels: Annotated[
         int | None, typer.Option(min=1, help="Of multi-channel images: so many bands or pages of a TIFF; 3 is RGB.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2, help="Images per step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Images per step, of all processes together.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     accumulate: Annotated[
         int | None, typer.Option(min=1, help="Parts of a batch computed one after another, to save memory.")
@@ -99,8 +101,11 @@ def train(
         typer.Option(help='Report k-NN accuracy on the way: a CSV with path,label, or "folders" (first level).'),
     ] = None,
     select: Annotated[
-        Select, typer.Option(help="What may choose an earlier state for export: quality (without labels) or labels.")
-    ] = Select.quality,
+        Select | None,
+        typer.Option(
+            help="What may choose an earlier state for export: quality (without labels), as usual, or labels."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Teach a vision transformer from images, without labels.
@@ -110,12 +115,14 @@ def train(
     Example: dinosearch train ./images --minutes 30
     """
     began = time.monotonic()
-    from dinosearch.pretrain.overrides import parse_settings, read_config
+    from dinosearch.pretrain.distributed import leads_team
+    from dinosearch.pretrain.overrides import checked, parse_settings, read_config
     from dinosearch.pretrain.train import TrainConfig
     from dinosearch.pretrain.train import train as run_training
-    from dinosearch.query.exam import open_exam
-    from dinosearch.vit.folder import models_path
+    from dinosearch.query.exam import Exam, open_exam
+    from dinosearch.vit.folder import models_path, quiet
 
+    say = show.note if leads_team() else quiet
     options = {
         "method": None if method == "auto" else method,
         "arch": arch,
@@ -132,7 +139,13 @@ def train(
     }
     overrides = read_config(config_file, start=start, teacher=teacher) if config_file else {}
     overrides |= parse_settings(settings or [])
-    overrides |= {option: value for option, value in options.items() if value is not None}
+    overrides |= checked({option: value for option, value in options.items() if value is not None}, where="train")
+    if cache_size is not None and not math.isfinite(cache_size):
+        raise UsageError("--cache-size is a number of GiB: leave it out to keep as much as there is room for")
+
+    def examine(labels: str) -> Exam:
+        return open_exam(labels, [Path(spec) for spec in images], note=say)
+
     config = TrainConfig(
         images=tuple(images),
         models=models_path(),
@@ -153,8 +166,10 @@ def train(
         strict=strict,
         checkpoint_every=checkpoint_every,
         logs=tuple(logs or ()),
-        evaluate=open_exam(labels, [Path(spec) for spec in images], note=show.note) if labels else None,
-        select=select.value,
+        evaluate=examine(labels) if labels else None,
+        labels=labels,
+        examine=examine,
+        select=select.value if select else None,
     )
     report: TrainReport | None = None
     with asked_to_stop() as stop, show.Progress() as bar:

@@ -136,6 +136,7 @@ class Course:
         self.evaluate = evaluate
         self.select = select
         self._measured: Look | None = None
+        self._waited = 0.0  # seconds in which steps waited for images, since rates are taken
         self._looked_loss: float | None = None  # what a GPU need not be waited for
         self._rows = sample_rows(len(bank), batch_size=run.recipe.batch_size)
         self._losses: deque[Tensor] = deque(maxlen=LOOK_EVERY)
@@ -167,7 +168,9 @@ class Course:
             chosen = batch_indices(step, n=len(self.bank), batch_size=batch, seed=self.run.seed)
             chosen = team.part(chosen)
             done = step / self.plan.total_steps
+            asked_at = time.monotonic()
             pixels, aspect = self.bank.take(chosen)
+            self._waited += time.monotonic() - asked_at
             self.bank.expect(team.part(batch_indices(step + 1, n=len(self.bank), batch_size=batch, seed=self.run.seed)))
             outcome = self.run.step(pixels, aspect, step=step, done=done)
             self._losses.append(outcome.loss)
@@ -178,7 +181,7 @@ class Course:
             now = time.monotonic()
             n_timed = n_made - UNTIMED_STEPS
             if n_timed <= 0:
-                timed_from = now
+                timed_from, self._waited = now, 0.0
             else:
                 rate = n_timed * batch / (now - timed_from)
             if n_timed >= 0:
@@ -208,7 +211,8 @@ class Course:
                 shown_at = now
                 yield self._progress(step)
         finished = step >= self.plan.total_steps
-        yield self._end(step, rate=rate, stopped=not finished)
+        data_wait = self._waited * rate / batch / (n_made - UNTIMED_STEPS) if rate else None
+        yield self._end(step, rate=rate, data_wait=data_wait, stopped=not finished)
 
     def mean_loss(self) -> float | None:
         """Over the last steps; None before the first, and when it is no number."""
@@ -262,8 +266,9 @@ class Course:
         self.quality = self._quality_of(backbone)
         measured: dict[str, Any] = dict(self.quality.facts())
         score, n = self.quality.recall_at_1, len(self._rows)
-        if self.evaluate is not None:
-            self.knn_top1, n_asked = self.evaluate(backbone, self.run.facts)
+        accuracy = self._accuracy_of(backbone)
+        if accuracy is not None:
+            self.knn_top1, n_asked = accuracy
             measured["knn_top1"] = round(self.knn_top1, 4)
             if self.select == "labels":
                 score, n = self.knn_top1, n_asked
@@ -277,6 +282,17 @@ class Course:
         return measure_quality(
             backbone.to(run.device), pixels, aspect, run.recipe.views, device=run.device, seed=run.seed
         )
+
+    def _accuracy_of(self, backbone: nn.Module) -> tuple[float, int] | None:
+        """By labels, and of how many images; None without labels, and when too few of their images can be read."""
+        if self.evaluate is None:
+            return None
+        try:
+            return self.evaluate(backbone, self.run.facts)
+        except DinosearchError as error:  # no reason to lose what was learnt without labels
+            self.note(f"no accuracy is reported from here on: {error}")
+            self.evaluate = None
+            return None
 
     def _write_line(self, facts: Mapping[str, Any]) -> None:
         if not self.run.team.leads:
@@ -314,7 +330,7 @@ class Course:
             self.note(f"no checkpoint at step {step} ({first_line(error)}); the one before stays, training goes on")
         return True
 
-    def _end(self, step: int, *, rate: float | None, stopped: bool) -> Progress:
+    def _end(self, step: int, *, rate: float | None, data_wait: float | None, stopped: bool) -> Progress:
         """Export what the teacher has become. A run that was stopped before its first step leaves no model."""
         if not self.run.finite():  # stopped between going wrong and the next look
             step = self.guard.go_back()
@@ -352,7 +368,9 @@ class Course:
             "steps": step,
             "epochs": round(epochs, 3),
             "loss": loss,
-            "health": (self.health.facts() if self.health else {}) | {"alarms": self.guard.alarms},
+            "health": (self.health.facts() if self.health else {})
+            | self._pace(data_wait)
+            | {"alarms": self.guard.alarms},
             "quality": quality,
         }
         try:
@@ -376,16 +394,34 @@ class Course:
             self._save(step, report=report)
         return Progress("done", step, self.plan.total_steps, teacher=backbone, report=report)
 
+    def _pace(self, data_wait: float | None) -> dict[str, Any]:
+        """What held the run up: the share of its time that it waited for images, and a GPU's memory at its fullest."""
+        pace: dict[str, Any] = {} if data_wait is None else {"data_wait": round(data_wait, 4)}
+        if self.run.device.type == "cuda":
+            pace["gpu_peak_mb"] = round(torch.cuda.max_memory_allocated(self.run.device) / 1e6)
+        return pace
+
     def _start_unless_improved(self, backbone: nn.Module, start: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-        """What to export, and what model.json says of it: the start where the run has not made it better."""
+        """What to export, and what model.json says of it: the start where the run has not made it better.
+
+        By the figure that chooses weights in this run.
+        """
         found, before = self._quality_of(backbone), self._quality_of(start)
-        better = improved(found, before)
+        better, measure = improved(found, before), "of the sample recognised"
+        learnt, known = found.recall_at_1, before.recall_at_1
+        figures: dict[str, Any] = {"step": 0, **before.facts()}
+        by_labels = self._accuracy_of(start), self._accuracy_of(backbone)
+        if by_labels[0] is not None and by_labels[1] is not None:
+            (top1, _), (learnt_top1, _) = by_labels
+            figures["knn_top1"] = round(top1, 4)
+            if self.select == "labels":
+                better, learnt, known, measure = learnt_top1 > top1, learnt_top1, top1, "right by k-NN"
         if not better:
             self.note(
-                f"nothing learnt improved on the start ({found.recall_at_1:.3f} of the sample recognised, by the start "
-                f"{before.recall_at_1:.3f}): its weights are exported"
+                f"nothing learnt improved on the start ({learnt:.3f} {measure}, by the start {known:.3f}): "
+                "its weights are exported"
             )
-        judged = {"quality": before.facts(), "exported": not better}
+        judged = {"quality": figures, "exported": not better}
         return (backbone if better else start), judged
 
 

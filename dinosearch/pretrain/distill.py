@@ -79,7 +79,7 @@ class Distillation(Objective):
         n_batch = views[0].shape[1]
         return {
             "teacher_features": features.detach().float(),
-            "teacher_logits": similarities(features.detach().float().unflatten(0, (2, n_batch))),
+            "teacher_logits": features.detach().float().unflatten(0, (2, n_batch)),  # see `assignments`
             "features": features.float(),
             "projected": student.head(features).float(),
             "projected_patches": student.patch_head(patches).float(),
@@ -103,8 +103,12 @@ class Distillation(Objective):
         return Terms(total, parts, temperature)
 
     def assignments(self, teacher_logits: Tensor, *, teacher_temperature: float) -> Tensor:
-        """To the other images of the batch, instead of prototypes: collapse looks alike."""
-        return torch.softmax(teacher_logits / teacher_temperature, dim=-1)
+        """To the other images of the batch, instead of prototypes: collapse looks alike.
+
+        teacher_logits: features [2 × batch, dim] of all processes, whose neighbours are chosen among the whole batch.
+        """
+        near = similarities(teacher_logits.unflatten(0, (2, -1))).flatten(0, 1)
+        return torch.softmax(near / teacher_temperature, dim=-1)
 
     @property
     def center(self) -> Tensor:

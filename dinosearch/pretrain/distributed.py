@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -21,6 +21,9 @@ from dinosearch.vit.folder import first_line
 
 PATIENCE = timedelta(hours=2)
 """Processes wait so long for each other: some read images more slowly. One that dies is noticed at once."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,15 @@ class Team:
             heard = torch.empty(int(n_bytes), dtype=torch.uint8) if words is None else words
             distributed.broadcast(heard, src=0)
         return json.loads(heard.numpy().tobytes())
+
+    def in_turn(self, do: Callable[[], T]) -> T:
+        """The leader does it first: what it leaves on disk, the others find there."""
+        if self.leads:
+            done = do()
+        self.follow(0)
+        if not self.leads:
+            done = do()
+        return done
 
     def follow(self, *decisions: int) -> list[int]:
         """The leader's whole numbers: what depends on a clock or a signal is decided by one process for all."""
@@ -110,6 +122,11 @@ class _Gather(torch.autograd.Function):
 
 ALONE = Team()
 """A process that was not started by torchrun."""
+
+
+def leads_team() -> bool:
+    """Whether this process is the one that speaks, by the environment that torchrun sets."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -219,7 +219,11 @@ def plan_recipe(
     else:
         optimizer, pooling, stripes = Recipe.optimizer, Recipe.pooling, Recipe.stripes
     momentum = Recipe.teacher_momentum if method == "dinov2" else decide("teacher_momentum", *momentum_for(steps))
-    usual = {name: decide(name, getattr(Recipe, name), why) for name, why in USUAL.items()} if method == "dino" else {}
+    usual = {
+        name: decide(name, getattr(Recipe, name), why)
+        for name, why in USUAL.items()
+        if method == "dino" or name in USUAL_OF_ALL
+    }
     arch_kwargs: dict[str, Any] = {"img_size": image_size}
     if patch_size != native_patch:
         arch_kwargs["patch_size"] = patch_size
@@ -246,6 +250,10 @@ def plan_recipe(
             local_scale=decide("local_scale", (0.15, 0.5), "small crops keep some of their pixels"),
             solarize=decide("solarize", (0.0, 0.0, 0.0), "tiny pictures have little but their tones"),
         )
+    elif method != "dinov2":
+        views = replace(views, global_scale=decide("global_scale", views.global_scale, "as in DINO"))
+        if n_local:
+            views = replace(views, local_scale=decide("local_scale", views.local_scale, "as in DINO"))
     recipe = Recipe(
         arch=arch,
         arch_kwargs=arch_kwargs,
@@ -341,6 +349,8 @@ USUAL = {
     "koleo_weight": "keeps features apart; short runs gain from it",
 }
 """What dino takes as it is, and why."""
+USUAL_OF_ALL = ("warmup", "weight_decay")
+"""Of these, what every method takes so."""
 OWN = "the architecture's own"
 TINY = 40
 """Pixels a side; up to here crops are gentler. After 40,000 images of Fashion-MNIST, k-NN accuracy was 0.785 to 0.807

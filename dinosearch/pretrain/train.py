@@ -59,6 +59,7 @@ FAILED = "failed.jsonl"
 """Lists the images that were left out, in the run's folder."""
 SOURCES = "sources.json"
 """Where the images of a run are, in its folder: by that `--resume` without a name finds it."""
+NO_LABELS = "--select labels needs some: name a CSV, or folders, with --labels"
 BANK_MARGIN = 8 / 7
 """Squares are kept this much larger than the crops made of them, if the images have the pixels (256 for 224)."""
 
@@ -107,8 +108,13 @@ class TrainConfig:
     """"tensorboard", "wandb" or both, beside metrics.jsonl."""
     evaluate: Evaluate | None = None
     """Accuracy of a backbone by labels, for the record: see pretrain.course. Training never sees a label."""
-    select: str = "quality"
-    """What chooses the weights that are exported: "quality", without labels, or "labels", by `evaluate`."""
+    labels: str | None = None
+    """Where `evaluate` has its labels from: a resumed run asks `examine` for the same."""
+    examine: Callable[[str], Evaluate] | None = None
+    """`evaluate` by such a name."""
+    select: str | None = None
+    """What chooses the weights that are exported: "quality", without labels, or "labels", by `evaluate`; None is
+    "quality", or a resumed run's."""
 
 
 def train(
@@ -182,7 +188,7 @@ def _train(
     images = gather_images(_specs(config), options, note=note)
     digest = images_digest(images)
     if kept is None:
-        beginning = _choose(config, images, device=device, pool=pool, note=note)
+        beginning = team.in_turn(lambda: _choose(config, images, device=device, pool=pool, note=note))
     else:
         _refuse_other_settings(kept, config, digest=digest, folder=folder)
         if kept["report"] is not None:
@@ -192,10 +198,14 @@ def _train(
         note(f"resuming {folder} at step {kept['step']} of {kept['plan']['total_steps']}")
         if kept["computed_on"] != describe_machine(device, team):
             note(f"it was begun on {kept['computed_on']}, not {describe_machine(device, team)}: not bit-equal any more")
-        if kept.get("labelled") and config.evaluate is None:
-            note("it was begun with --labels: without them no accuracy is reported from here on")
         beginning = _remember(kept, config, folder=folder)
     logs = _logs(config, kept or {}, note)
+    select = config.select or (kept or {}).get("select", "quality")
+    evaluate = _evaluate(config, kept or {}, note)
+    if select == "labels" and evaluate is None:
+        raise UsageError(
+            f"{folder} was begun with --select labels: give it, and --labels, again" if kept else NO_LABELS
+        )
     recipe, start, mentor = beginning.recipe, beginning.start, beginning.mentor
     _check_parts(recipe, team)
     with out_of_memory_explained(recipe):
@@ -207,6 +217,7 @@ def _train(
             mentor=Mentor(mentor.load_vit(), mentor) if mentor else None,
             team=team,
         )
+        team.follow(0)  # all have read the models that they learn from, one of which may go
         if team.leads:
             if config.overwrite and kept is None and folder.exists():
                 remove_model(folder)
@@ -253,7 +264,15 @@ def _train(
                 f"all are listed in {folder / 'training' / FAILED}"
             )
         if len(bank) < recipe.batch_size:
-            raise UsageError(f"only {len(bank)} images can be read: choose --batch-size {len(bank)} or less")
+            if kept is not None:
+                raise DinosearchError(
+                    f"only {len(bank)} images can be read, and {folder} was begun with batches of {recipe.batch_size}. "
+                    "Restore them, or train under another --name"
+                )
+            beginning = _smaller(beginning, len(bank), config, team=team, note=note)
+            recipe = beginning.recipe
+            run.adopt(recipe)
+            trained |= {"reasons": beginning.why}
         if kept is None:
             plan = plan_length(
                 steps=config.steps,
@@ -301,15 +320,16 @@ def _train(
                 "reasons": beginning.why,
                 "asked": _asked(config) if kept is None else kept["asked"],
                 "logs": logs,
-                "select": config.select,
-                "labelled": config.evaluate is not None,
+                "select": select,
+                "labelled": evaluate is not None,
+                "labels": _labels_place(config.labels) if config.labels else (kept or {}).get("labels"),
                 **beginning.origins,
             },
             trained=trained | {"images": len(bank), "failed": len(bank.failed)},
             note=note,
             checkpoint=checkpoint,
-            evaluate=config.evaluate,
-            select=config.select,
+            evaluate=evaluate,
+            select=select,
             logs=open_logs(
                 logs if team.leads else (),
                 folder / "training",
@@ -355,6 +375,22 @@ def _choose(
     )
 
 
+def _smaller(beginning: _Beginning, n_images: int, config: TrainConfig, *, team: Team, note: Note) -> _Beginning:
+    """A batch of the images that can be read, where nobody asked for more. Raises UsageError where somebody did."""
+    n_parts = team.size * beginning.recipe.accumulate
+    batch_size = n_images // n_parts * n_parts
+    if config.overrides.get("batch_size") is not None or batch_size < 2 * n_parts:
+        advice = f"choose --batch-size {batch_size} or less" if batch_size >= 2 * n_parts else "name more images"
+        raise UsageError(f"only {n_images} images can be read: {advice}")
+    why = f"all the images that can be read{f', in {n_parts} equal parts' if n_parts > 1 else ''}"
+    note(f"batch size {batch_size}: {why}")
+    return replace(
+        beginning,
+        recipe=replace(beginning.recipe, batch_size=batch_size),
+        why=beginning.why | {"batch size": why},
+    )
+
+
 def _for_length(beginning: _Beginning, steps: int, config: TrainConfig, *, note: Note) -> _Beginning:
     """What depends on the number of steps, once a time budget's is known."""
     recipe = beginning.recipe
@@ -378,8 +414,8 @@ def _remember(kept: Mapping[str, Any], config: TrainConfig, *, folder: Path) -> 
         grey=kept["grey"],
         side=kept["side"],
         why=kept.get("reasons", {}),
-        start=kept_start(folder / "training"),
-        mentor=find_mentor(kept["teacher"]["fingerprint"], models=config.models) if "teacher" in kept else None,
+        start=kept_start(folder / "training") if "start" in kept else None,  # not one of a run that never began
+        mentor=_mentor_again(kept, config) if "teacher" in kept else None,
     )
 
 
@@ -391,8 +427,8 @@ def _check(config: TrainConfig) -> None:
     ):
         raise UsageError("--steps must be 0 or more, --epochs and --minutes more than 0")
     check_logs(config.logs)
-    if config.select == "labels" and config.evaluate is None:
-        raise UsageError("--select labels needs some: name a CSV, or folders, with --labels")
+    if config.select == "labels" and config.evaluate is None and not config.resume:
+        raise UsageError(NO_LABELS)
     if config.resume and config.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: choose one")
 
@@ -418,6 +454,20 @@ def _logs(config: TrainConfig, kept: Mapping[str, Any], note: Note) -> tuple[str
         else:
             logs.append(name)
     return tuple(logs)
+
+
+def _evaluate(config: TrainConfig, kept: Mapping[str, Any], note: Note) -> Evaluate | None:
+    """By the labels given, or by those of the run that is resumed, if they are still there."""
+    if config.evaluate is not None or not kept.get("labelled"):
+        return config.evaluate
+    missing = ""
+    if config.examine is not None and kept.get("labels") is not None:
+        try:
+            return config.examine(kept["labels"])
+        except DinosearchError as error:
+            missing = f" ({error})"
+    note(f"it was begun with --labels: without them no accuracy is reported from here on{missing}")
+    return None
 
 
 def _specs(config: TrainConfig) -> list[str]:
@@ -459,6 +509,19 @@ def _mentor(config: TrainConfig, note: Note) -> ModelFolder | None:
     return resolve_model(config.teacher, models=config.models, note=note)
 
 
+def _mentor_again(kept: Mapping[str, Any], config: TrainConfig) -> ModelFolder:
+    """The model that an interrupted run learnt from, by its weights; where it lay then, if not among the models."""
+    fingerprint = kept["teacher"]["fingerprint"]
+    try:
+        return find_mentor(fingerprint, models=config.models)
+    except DinosearchError:
+        with contextlib.suppress(DinosearchError):
+            model = resolve_model(kept["asked"]["teacher"], models=config.models)
+            if model.fingerprint == fingerprint:
+                return model
+        raise
+
+
 def _folder_for(config: TrainConfig) -> Path:
     """Where the model goes. Raises UsageError for a name whose model would be lost, unless --overwrite was given."""
     if config.name is not None:
@@ -496,7 +559,15 @@ def _begun(folder: Path) -> bool:
 
 def _places(config: TrainConfig) -> list[str]:
     """The sources, those on disk by their absolute paths."""
-    return [os.path.realpath(spec) if Path(spec).exists() else spec for spec in _specs(config)]
+    return [_place(spec) for spec in _specs(config)]
+
+
+def _place(spec: str) -> str:
+    return os.path.realpath(spec) if Path(spec).exists() else spec
+
+
+def _labels_place(labels: str) -> str:
+    return os.path.realpath(labels) if Path(labels).is_file() else labels  # "folders" is no path
 
 
 def _places_kept(path: Path) -> list[str] | None:
@@ -515,9 +586,10 @@ def _refuse_other_settings(kept: Mapping[str, Any], config: TrainConfig, *, dige
                 "Resume without it, or train under another --name"
             )
     select = kept.get("select", config.select)
-    if select != config.select:
-        advice = "give it, and --labels, again" if select == "labels" else "leave --select out"
-        raise UsageError(f"{folder} was begun with --select {select}: {advice}, or train under another --name")
+    if config.select not in (None, select):
+        raise UsageError(
+            f"{folder} was begun with --select {select}: leave --select out, or train under another --name"
+        )
     if digest != kept["images_digest"]:
         raise DinosearchError(
             f"the images are not those that {folder} was begun with. Restore them, or train under another --name"

@@ -17,7 +17,7 @@ from dinosearch.pretrain.quality import Quality
 from dinosearch.pretrain.recipe import usual_lr
 from dinosearch.vit.folder import ModelFacts, ModelFolder, Note, list_models, open_model, save_model
 from dinosearch.vit.released import read_released
-from dinosearch.vit.resolve import resolve_model
+from dinosearch.vit.resolve import is_released, resolve_model
 
 SCRATCH = "scratch"
 """What `--from` is called to start from random weights, however few images there are."""
@@ -61,7 +61,9 @@ def choose_start(
     if spec == SCRATCH:
         return None
     if spec is not None:
-        start = open_start(resolve_model(spec, models=models, note=note), image_size=image_size)
+        # a released file is read at this size, so that its positions are resized once
+        size = image_size if is_released(spec) else None
+        start = open_start(resolve_model(spec, models=models, note=note, image_size=size), image_size=image_size)
         if channels not in (None, start.facts.channels):
             raise UsageError(
                 f"--from {spec} takes images of {start.facts.channels} channels, not {channels}: "

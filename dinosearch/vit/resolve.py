@@ -47,7 +47,7 @@ def resolve_model(spec: str | None, *, models: Path, note: Note = quiet, image_s
     if spec.startswith("timm:"):
         return _timm_model(spec, models=models, image_size=image_size, note=note)
     path = Path(spec)
-    if path.name == "weights.safetensors" and (path.parent / "model.json").is_file():
+    if _is_own(path):
         return _with_size(open_model(path.parent), image_size)  # already what an import would make
     if path.is_file():
         return _released_model(path, models=models, image_size=image_size, note=note)
@@ -59,6 +59,15 @@ def resolve_model(spec: str | None, *, models: Path, note: Note = quiet, image_s
         f"no model {spec!r} in {models}/, and no such folder or file. "
         + (f"There are: {names}" if names else "Train one: dinosearch train IMAGES")
     )
+
+
+def is_released(spec: str) -> bool:
+    """Whether `spec` means weights from elsewhere, whose square may be chosen: timm's or a file."""
+    return spec.startswith("timm:") or (Path(spec).is_file() and not _is_own(Path(spec)))
+
+
+def _is_own(path: Path) -> bool:
+    return path.name == "weights.safetensors" and (path.parent / "model.json").is_file()
 
 
 def import_model(
