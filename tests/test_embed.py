@@ -90,6 +90,19 @@ def test_a_bad_page_fails_alone(shop):
     assert {row.status for row in failures(shop.index)} == {"truncated"}
 
 
+def test_a_bad_page_costs_the_others_nothing_when_the_model_changes(shop):
+    write_pages(shop.root / "a.gif", 6)
+    data = (shop.root / "a.gif").read_bytes()
+    (shop.root / "a.gif").write_bytes(data[: len(data) * 3 // 4])
+    shop.sync(options=ALL_PAGES)
+    good = [file.frame for file in read_vectors(shop.index)[0]]
+    shop.model = a_model(1)
+    summary = shop.sync()
+    assert (summary.model, summary.unchanged, summary.failed, summary.embedded) == ("m1", 1, 0, len(good))
+    assert [file.frame for file in read_vectors(shop.index)[0]] == good
+    assert {row.status for row in failures(shop.index)} == {"truncated"}
+
+
 def test_a_bad_page_is_tried_again_when_the_decoders_change_and_only_then(shop, monkeypatch):
     write_pages(shop.root / "a.gif", 6)
     data = (shop.root / "a.gif").read_bytes()

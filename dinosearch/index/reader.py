@@ -174,7 +174,7 @@ class CatalogReader:
         return int(found[0][0]) if found else None
 
     def known_content(self, content_hash: str, *, fingerprint: str, decoders: str, large: str) -> Content | None:
-        """What needs no work: a content with a vector, or one that these decoders could not read.
+        """What needs no work: a content whose first frame has a vector, or could not be read by these decoders.
 
         `large` stands for decoders and pixel budget together, for what was refused for its size. Safe in any thread.
         """
@@ -183,7 +183,7 @@ class CatalogReader:
             (fingerprint, content_hash),
         ) or self._rows(
             """SELECT status, reason, width, height FROM files
-            WHERE content_hash = ? AND status NOT IN ('ok', 'unreadable')
+            WHERE content_hash = ? AND frame = 0 AND status NOT IN ('ok', 'unreadable')
             AND decoders = CASE status WHEN 'too-large' THEN ? ELSE ? END LIMIT 1""",
             (content_hash, large, decoders),
         )
