@@ -193,6 +193,34 @@ def test_another_model_finds_all_sources_again(shop, tmp_path):
     assert counts(shop.sync()) == {"unchanged": 21, "embedded": 21, "images": 21}
 
 
+def test_another_model_leaves_the_options_of_sources_that_were_not_asked_for(shop, tmp_path):
+    scans = tmp_path / "scans"
+    write_images(scans, 5, seed=50)
+    write_image(scans / "drafts" / "a.png", 60)
+    write_image(shop.root / "drafts" / "a.png", 61)
+    shop.sync(roots=[shop.root, scans], options=GivenOptions(exclude=("old/",)))
+    shop.model = a_model(1)
+    summary = shop.sync(options=GivenOptions(exclude=("drafts/",), all_pages=True))
+    assert counts(summary) == {"deleted": 1, "unchanged": 26, "embedded": 26, "images": 26}
+    seen = [(source.exclude, source.all_pages) for source in index_info(shop.index).sources]
+    assert seen == [(("drafts/",), True), (("old/",), False)]
+    assert shop.notes[-1] == f"{scans}: without old/, as before"
+
+
+def test_deletions_are_accepted_of_sources_that_were_asked_for_alone(shop, tmp_path):
+    other = tmp_path / "other"
+    paths = write_images(other, 4, seed=50)
+    shop.sync(roots=[shop.root, other])
+    for path in paths[:2]:
+        path.unlink()
+    shop.model = a_model(1)
+    with pytest.raises(DinosearchError, match=r"2 of 4 images are gone from .*/other; .*index it again with --yes"):
+        shop.sync(allow_deletions=True)
+    assert index_info(shop.index).images == 24
+    summary = shop.sync(roots=[other], allow_deletions=True)
+    assert counts(summary) == {"deleted": 2, "unchanged": 22, "embedded": 22, "images": 22}
+
+
 def test_verify_finds_a_content_that_changed_behind_its_size_and_time(shop):
     path = shop.root / "0000.bmp"
     Image.new("RGB", (8, 8), "red").save(path)

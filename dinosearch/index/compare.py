@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dinosearch.errors import DinosearchError
@@ -154,12 +154,12 @@ def match_moves(hashes: Mapping[Wanted, str], changes: Changes) -> dict[Wanted, 
     return moves
 
 
-def refuse_mass_deletion(changes: Changes) -> None:
-    """Raise DinosearchError if of any root's files more than MAX_GONE are gone."""
+def refuse_mass_deletion(changes: Changes, *, but: Collection[str] = ()) -> None:
+    """Raise DinosearchError if more than MAX_GONE of a root's files are gone, unless it is one of those in `but`."""
     for root, gone in changes.gone.items():
         n_stored, n_gone = changes.n_stored[root], len(gone) + changes.n_missing[root]
-        if n_gone > MAX_GONE * n_stored:
+        if n_gone > MAX_GONE * n_stored and root not in but:
             raise DinosearchError(
                 f"{n_gone} of {n_stored} images are gone from {root}; nothing was changed. "
-                "If that is meant, run again with --yes; if a disk is missing, attach it first"
+                "If that is meant, index it again with --yes; if a disk is missing, attach it first"
             )

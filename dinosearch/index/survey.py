@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 
@@ -115,19 +115,23 @@ def survey(
     return Survey(source, before, options, stamp, scan)
 
 
-def say_options(surveys: Iterable[Survey], given: GivenOptions, note: Callable[[str], None]) -> None:
-    """What is remembered from earlier runs and holds on is said: it decides what is searched."""
+def say_options(surveys: Iterable[Survey], given: Mapping[str, GivenOptions], note: Callable[[str], None]) -> None:
+    """What is remembered from earlier runs and holds on is said: it decides what is searched.
+
+    given: by location, those of the sources that were asked for.
+    """
     for each in surveys:
         if each.before is None:
             continue
+        now = given.get(each.source.location, GivenOptions())
         kept = []
-        if given.exclude is None and each.before.exclude:
+        if now.exclude is None and each.before.exclude:
             kept.append(f"without {', '.join(each.before.exclude)}")
         if each.before.forgotten:
             kept.append(f"without {len(each.before.forgotten)} forgotten")
-        if given.include_hidden is None and each.before.include_hidden:
+        if now.include_hidden is None and each.before.include_hidden:
             kept.append("with hidden names")
-        if given.all_pages is None and each.before.all_pages:
+        if now.all_pages is None and each.before.all_pages:
             kept.append("every page")
         if kept:
             note(f"{each.source.location}: {', '.join(kept)}, as before")

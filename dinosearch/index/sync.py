@@ -105,12 +105,12 @@ def sync_index(
 
     With another model than the index answers with, all its sources are embedded anew beside the old vectors, which
     answer until everything is there. `encoder_for` is called once something has to be embedded, never before.
-    `options` are remembered with each source. `shard` takes only that part of the images, and is the index's for
-    good. `allow_deletions` accepts that more than 20 % of a source's files are gone; `verify` reads unchanged files
-    too; `prune` forgets vectors that no file needs. `recall`, remembered by the index, is the share of the 10 nearest
-    that a large index must find. `precision`, remembered too, is what the encoder is asked to compute in; images that
-    have vectors keep them, since those of all precisions agree. Close the generator (`contextlib.closing`) when leaving
-    it early: that saves what was embedded.
+    `options` are remembered with each of `sources`. `shard` takes only that part of the images, and is the index's for
+    good. `allow_deletions` accepts that more than 20 % of the files of one of them are gone; `verify` reads unchanged
+    files too; `prune` forgets vectors that no file needs. `recall`, remembered by the index, is the share of the 10
+    nearest that a large index must find. `precision`, remembered too, is what the encoder is asked to compute in;
+    images that have vectors keep them, since those of all precisions agree. Close the generator
+    (`contextlib.closing`) when leaving it early: that saves what was embedded.
     Raises DinosearchError when a source is missing, empty, half gone or inside another one, and IndexLocked.
     """
     began = time.monotonic()
@@ -119,6 +119,7 @@ def sync_index(
         check_precision(precision)
     limits = limits_for(model, workers=workers or n_cores(), max_memory=max_memory)
     asked = _as_sources(sources)
+    given = dict.fromkeys(asked, options)  # of other sources that a switch of models adds, the options stay
     yield SyncProgress("scan")
     # A new index gets its folder only when its sources are sound; an existing one is locked before the long scan.
     surveys: list[Survey] = []
@@ -144,7 +145,7 @@ def sync_index(
                 survey(
                     source,
                     roots.get(location),
-                    options,
+                    given.get(location, GivenOptions()),
                     known_names=_known_names(catalog, roots.get(location)),
                     verify=verify,
                     shard=shard,
@@ -152,7 +153,7 @@ def sync_index(
                 )
                 for location, source in asked.items()
             ]
-        say_options(surveys, options, note)
+        say_options(surveys, given, note)
         keys = limits.decoder_keys()
         changes = Changes()
         numbers = {}
@@ -161,8 +162,7 @@ def sync_index(
             stored = catalog.stored_files(number, fingerprint=model.fingerprint, keys=keys)
             compare(changes, _view(number, each, verify=verify), stored, keys)
         moves = yield from _match_moves(changes, catalog.meta("content_hash"), limits.workers)
-        if not allow_deletions:
-            refuse_mass_deletion(changes)
+        refuse_mass_deletion(changes, but=given if allow_deletions else ())
         outcomes = _apply(catalog, changes, moves, keys)
         _check_disk(index_path, len(changes.wanted), model.dim)
 
