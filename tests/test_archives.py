@@ -1,5 +1,6 @@
 """Zip files, tars and webdatasets: what is found in them and read from them, and what a damaged one gives."""
 
+import gzip
 import io
 import json
 import os
@@ -253,6 +254,28 @@ def test_a_tar_header_that_would_fill_the_memory_is_refused(tmp_path):
     scan = scanned(opened(path))
     assert [image.member for image in scan.images] == ["a.jpg"]
     assert scan.unreadable_folders == [("", "the archive is damaged: a header of 1048577 bytes")]
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("size", [-512, -1, 2**62, 2**70])
+def test_a_size_that_no_member_of_a_tar_has_ends_its_scan(tmp_path, kind, form, size):
+    good, bad = tarfile.TarInfo("a.jpg"), tarfile.TarInfo("b.jpg")
+    good.size = 1
+    if form == tarfile.PAX_FORMAT:
+        bad.pax_headers = {"size": str(size)}
+    else:
+        bad.size = size
+    data = good.tobuf(form) + b"a".ljust(512, b"\0") + bad.tobuf(form) + b"b".ljust(1024, b"\0")
+    path = tmp_path / f"some.{kind}"
+    path.write_bytes(gzip.compress(data) if kind == "tar.gz" else data)
+    source = opened(path)
+    scan = scanned(source)
+    assert [folder for folder, _ in scan.unreadable_folders] == [""]
+    assert all(0 <= image.size < 2**63 for image in scan.images)
+    read = contents(source, scan.images)
+    assert read.pop("a.jpg") == b"a"
+    assert all(each.startswith("too-large: ") for each in read.values())
 
 
 def test_links_in_a_zip_are_passed_over(tmp_path):

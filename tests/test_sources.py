@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,23 @@ def test_what_was_printed_can_be_read_again():
             read_image(path)
     with pytest.raises(BadImage, match="ftp:// is not among"):
         read_image("ftp://host/a.jpg")
+
+
+@pytest.mark.parametrize("spec", ["p", "p/a.jpg", "p/*.jpg", "all.lst", "some.tar"])
+def test_a_time_beyond_64_bits_is_the_same_number_when_it_is_scanned_and_read(spec):
+    write("p/a.jpg")
+    Path("all.lst").write_text("p/a.jpg\n")
+    with tarfile.open("some.tar", "w") as archive:
+        archive.add("p/a.jpg")
+    year_2300 = 10_413_792_000 * 10**9
+    for path in ("p/a.jpg", "some.tar"):
+        os.utime(path, ns=(year_2300, year_2300))
+        if Path(path).stat().st_mtime_ns != year_2300:
+            pytest.skip("this file system knows no such year")
+    [source] = open_sources([spec])
+    [image] = scanned(source).images
+    assert -(2**63) <= image.mtime_ns < 2**63
+    assert source.read(image).mtime_ns == image.mtime_ns
 
 
 def test_streams_belong_to_compressed_tars_alone():

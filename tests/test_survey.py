@@ -104,6 +104,18 @@ def test_a_missing_archive_is_an_error_and_deletes_nothing(shop, tmp_path):
     assert index_info(shop.index).images == 1
 
 
+def test_a_member_that_claims_more_bytes_than_any_file_has_fails_alone(shop, tmp_path):
+    path = tmp_path / "photos.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("0000.png", "0001.png"):
+            archive.write(shop.root / name, name)
+        archive.infolist()[0].file_size = 2**64 - 1  # the directory is written last
+    os.utime(path, (1e9, 1e9))
+    for expected in ({"new": 1, "failed": 1, "embedded": 1, "images": 1}, {"unchanged": 1, "failed": 1, "images": 1}):
+        assert counts(shop.sync(roots=open_sources([str(path)]))) == expected
+    assert [row.status for row in failures(shop.index)] == ["too-large"]
+
+
 def test_files_named_one_by_one_stay_until_they_are_gone(shop):
     names = [str(shop.root / f"{number:04d}.png") for number in range(8)]
     assert counts(shop.sync(roots=open_sources(names[:4]))) == {"new": 4, "embedded": 4, "images": 4}

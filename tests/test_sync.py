@@ -205,6 +205,16 @@ def test_a_touched_file_is_unchanged_and_read_only_once(shop, monkeypatch):
     assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
 
 
+def test_a_file_from_beyond_what_64_bits_of_nanoseconds_hold_is_indexed_like_others(shop, monkeypatch):
+    path, year_2300 = shop.root / "0000.png", 10_413_792_000 * 10**9
+    os.utime(path, ns=(year_2300, year_2300))
+    if path.stat().st_mtime_ns != year_2300:
+        pytest.skip("this file system knows no such year")
+    assert counts(shop.sync()) == {"new": 20, "embedded": 20, "images": 20}
+    forbid_reading(monkeypatch)
+    assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
+
+
 def test_a_change_within_one_tick_of_the_clock_is_noticed(shop, tmp_path, monkeypatch):
     read_in_this_process(monkeypatch, read.read_bytes)
     monkeypatch.setattr(read, "_FINE_TICK_NS", 60 * 10**9)  # as if the clock of the file system stood still

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.names import EXTENSIONS, exclusion_test, hidden_test
+from dinosearch.images.read import file_time
 from dinosearch.images.source import FoundImage, Scan, ScanOptions
 
 
@@ -43,7 +44,7 @@ def find_images(root: Path, options: ScanOptions | None = None) -> Scan:
                         and (excluded is None or not excluded(path))
                         and (facts := regular_file(entry))
                     ):
-                        images.append(FoundImage(path, facts.st_size, facts.st_mtime_ns))
+                        images.append(FoundImage(path, facts.st_size, file_time(facts)))
         except OSError as error:
             reason = error.strerror or str(error)
             if not folder:

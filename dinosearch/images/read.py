@@ -50,8 +50,13 @@ def read_stable(path: str) -> StableBytes:
         data = read_bytes(path)
         after = _stat(path)
         if _state(before) == _state(after) and len(data) == before.st_size:
-            return StableBytes(data, trusted_time(before.st_mtime_ns, now=began))
+            return StableBytes(data, trusted_time(file_time(before), now=began))
     raise BadImage("unreadable", "it changes while it is read")
+
+
+def file_time(facts: os.stat_result) -> int:
+    """Nanoseconds of the last change in the 64 bits that SQLite has: from the year 2262 on they wrap round."""
+    return (facts.st_mtime_ns + 2**63) % 2**64 - 2**63
 
 
 def trusted_time(mtime_ns: int, *, now: int) -> int:

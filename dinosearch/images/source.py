@@ -15,6 +15,9 @@ from dinosearch.images.decode import BadImage
 UNTRUSTED_TIME = -1
 """An mtime_ns that equals none: the file was written so shortly before that a later change might leave its time."""
 
+MOST_BYTES = 2**63 - 1
+"""No file has more, and SQLite no larger number, whatever an archive or a server claims."""
+
 
 @dataclass(frozen=True, slots=True)
 class FoundImage:

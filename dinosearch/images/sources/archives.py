@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BadImage
 from dinosearch.images.names import is_image_name, passed_over_test
-from dinosearch.images.read import trusted_time
+from dinosearch.images.read import file_time, trusted_time
 from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, ScanOptions
 
 MAX_MEMBER_BYTES = 256 * 2**20
@@ -47,7 +47,7 @@ class Archive:
             found = os.stat(self.location)  # noqa: PTH116 - surrogate escapes pass
         except OSError as error:
             raise missing(self.location, error) from error
-        return ArchiveFacts(found.st_ino, found.st_size, found.st_mtime_ns)
+        return ArchiveFacts(found.st_ino, found.st_size, file_time(found))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dinosearch.errors import DinosearchError
 from dinosearch.images.find import in_byte_order
 from dinosearch.images.names import exclusion_test
+from dinosearch.images.read import file_time
 from dinosearch.images.source import FoundImage, Scan, ScanOptions
 from dinosearch.images.sources.local import LocalFiles
 
@@ -46,5 +47,5 @@ class FilesSource(LocalFiles):
                 except OSError:
                     continue
                 if stat.S_ISREG(facts.st_mode):
-                    images.append(FoundImage(name, facts.st_size, facts.st_mtime_ns))
+                    images.append(FoundImage(name, facts.st_size, file_time(facts)))
         return Scan(in_byte_order(images))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dinosearch.errors import DinosearchError
 from dinosearch.images.find import in_byte_order, regular_file
 from dinosearch.images.names import exclusion_test, hidden_test, is_excluded, is_image_name
+from dinosearch.images.read import file_time
 from dinosearch.images.source import FoundImage, Scan, ScanOptions
 from dinosearch.images.sources.local import LocalFiles
 
@@ -36,7 +37,7 @@ class GlobSource(LocalFiles):
         excluded = exclusion_test(options)
         walk = _Walk(self.base, options)
         images = [
-            FoundImage(path, facts.st_size, facts.st_mtime_ns)
+            FoundImage(path, facts.st_size, file_time(facts))
             for path, facts in walk.files(self._parts)
             if is_image_name(path) and not (excluded and is_excluded(path, excluded))
         ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from dinosearch.errors import DinosearchError
 from dinosearch.images.find import in_byte_order
 from dinosearch.images.names import exclusion_test, is_excluded
+from dinosearch.images.read import file_time
 from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, Scan, ScanOptions, StableBytes
 from dinosearch.images.sources.local import LocalFiles
 from dinosearch.images.sources.remote import find_urls, is_url, read_url
@@ -92,5 +93,5 @@ class NamedImages(LocalFiles):
                 continue
             if stat.S_ISREG(facts.st_mode):
                 found = path if place == self.base else os.path.join(place, path)  # noqa: PTH118
-                return FoundImage(found, facts.st_size, facts.st_mtime_ns, metadata=metadata)
+                return FoundImage(found, facts.st_size, file_time(facts), metadata=metadata)
         return FoundImage(path, 0, UNTRUSTED_TIME, metadata=metadata)

@@ -17,7 +17,7 @@ from dinosearch.images.decode import BadImage
 from dinosearch.images.find import in_byte_order
 from dinosearch.images.names import is_image_name, passed_over_test
 from dinosearch.images.read import in_threads
-from dinosearch.images.source import UNTRUSTED_TIME, FoundImage, Scan, ScanOptions, StableBytes
+from dinosearch.images.source import MOST_BYTES, UNTRUSTED_TIME, FoundImage, Scan, ScanOptions, StableBytes
 
 PROTOCOLS = ("s3", "gs", "http", "https", "memory")
 """What may be asked for; memory:// is fsspec's own, within this process."""
@@ -209,7 +209,7 @@ def _found(path: str, facts: Mapping[str, Any], metadata: str = "") -> FoundImag
     number = UNTRUSTED_TIME  # a server that says nothing of the kind
     if version is not None:
         number = int.from_bytes(hashlib.blake2b(version.encode(), digest_size=8).digest(), "big") >> 1
-    return FoundImage(path, facts.get("size") or 0, number, metadata=metadata)
+    return FoundImage(path, min(facts.get("size") or 0, MOST_BYTES), number, metadata=metadata)
 
 
 def _reason(error: BaseException) -> str:

@@ -7,6 +7,7 @@ an index knows of others stays.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import importlib
 import json
@@ -25,7 +26,7 @@ from typing import IO, Any, Self
 from dinosearch.errors import DinosearchError
 from dinosearch.images.decode import BadImage
 from dinosearch.images.names import is_image_name
-from dinosearch.images.source import FoundImage, Scan, ScanOptions, StableBytes
+from dinosearch.images.source import MOST_BYTES, FoundImage, Scan, ScanOptions, StableBytes
 from dinosearch.images.sources.archives import (
     Archive,
     ArchiveFacts,
@@ -90,7 +91,8 @@ class TarSource(Archive):
                     else:
                         sidecars.see(tar, info, name)
         except _damage() as error:
-            if isinstance(error, OSError) and error.errno:
+            # EINVAL: the size that a member claims leads beyond what the file system can have.
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise missing(self.location, error) from error
             if not images:
                 raise damaged(self.location, error) from error
@@ -212,6 +214,32 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"a header of {header.size} bytes")
         return header
 
+    def _block(self, count: int) -> int:
+        """Bytes that a member takes up. A negative size would lead back to its header, again and again."""
+        return -(-_size(count) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+class _Unpacked:
+    """The stream of a compressed tar. Past its end tarfile would read on for as long as a member's size claims."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._ended = False
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if self._ended and not data:
+            raise EOFError("unexpected end of data")
+        self._ended = not data
+        return data
+
+
+def _size(claimed: int) -> int:
+    """Raises ReadError for what is no size."""
+    if not 0 <= claimed <= MOST_BYTES:
+        raise tarfile.ReadError(f"a member of {claimed} bytes")
+    return claimed
+
 
 def _compression(location: str) -> str | None:
     lowered = location.lower()
@@ -238,7 +266,8 @@ def _open(location: str) -> Iterator[tarfile.TarFile]:
             raise DinosearchError(
                 f"this Python cannot read {location} ({compression} is missing). Decompress it, or use a newer Python"
             ) from error
-    with file, tarfile.open(fileobj=file, mode="r:" if compression is None else "r|", tarinfo=_Header) as tar:
+    source: Any = file if compression is None else _Unpacked(file)
+    with file, tarfile.open(fileobj=source, mode="r:" if compression is None else "r|", tarinfo=_Header) as tar:
         yield tar
 
 
@@ -248,6 +277,7 @@ def _regular_members(tar: tarfile.TarFile) -> Iterator[tuple[int, tarfile.TarInf
     kept: Any = tar
     while (info := tar.next()) is not None:
         if info.isreg() and not info.issparse():
+            _size(info.size)  # a global header may have set it
             yield number, info
         number += 1
         kept.members.clear()

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 
 from dinosearch.images.decode import BadImage
-from dinosearch.images.source import FoundImage, Scan, ScanOptions, StableBytes
+from dinosearch.images.source import MOST_BYTES, FoundImage, Scan, ScanOptions, StableBytes
 from dinosearch.images.sources.archives import (
     Archive,
     ArchiveFacts,
@@ -39,7 +39,7 @@ class ZipSource(Archive):
         with self._lock:
             self._opened = None  # it may be another one now
         _, _, members = self._open()
-        images = [FoundImage("", info.file_size, info.CRC, name) for name, info in members.items()]
+        images = [FoundImage("", min(info.file_size, MOST_BYTES), info.CRC, name) for name, info in members.items()]
         return Scan(wanted_members(images, options))
 
     def read(self, image: FoundImage) -> StableBytes:
