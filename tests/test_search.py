@@ -1,4 +1,6 @@
+import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,32 @@ def test_an_open_index_sees_what_is_committed_later(shop):
         shop.sync()
         _, vectors = read_vectors(shop.index)
         assert len(index.search(vectors[:1], top=100)[0]) == 40
+
+
+def test_who_may_not_write_to_an_open_index_sees_what_is_committed_later_too(shop, monkeypatch):
+    """SQLite is told then that the catalog never changes."""
+
+    @contextmanager
+    def no_right_to_write():
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "access", lambda *_, **__: False)
+            yield
+
+    with no_right_to_write():
+        index = open_index(shop.index)
+    with index:
+        for number, name in enumerate(["later.png", "last.png"]):
+            write_image(shop.root / name, 500 + number)
+            shop.sync()
+            with no_right_to_write():
+                [answer] = query_images(index, shop.encoder, [shop.root / name], top=1)
+            assert answer.matches[0].path.name == name
+            assert answer.matches[0].score >= 0.9999
+        (shop.root / "later.png").unlink()
+        shop.sync()
+        with no_right_to_write():
+            [answer] = query_images(index, shop.encoder, [shop.root / "last.png"], top=100)
+        assert len(answer.matches) == 41
 
 
 def test_a_query_through_another_model_is_refused(shop):

@@ -6,14 +6,27 @@ import os
 import re
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 from dinosearch.errors import DinosearchError, IndexUnusable
+from dinosearch.images.read import file_time, trusted_time
 
 _BUSY_SECONDS = 30
 _LEAST_FREE = 1 << 20  # bytes; with less, SQLite fails to grow the files beside the database, and says only "I/O error"
+
+Stamp: TypeAlias = tuple[tuple[int, int, int], tuple[int, int, int]]
+"""Inode, size and time of a database's file and of its write-ahead log."""
+
+
+class ImmutableConnection(sqlite3.Connection):
+    """To a database that SQLite takes to never change: it locks nothing, and does not see what others commit."""
+
+    stamp: Stamp
+    """From before the files were opened."""
 
 
 def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
@@ -25,23 +38,45 @@ def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     address = path.resolve().as_uri()
     if writable:
         return _opened(f"{address}?mode=rw")
-    wal = path.with_name(f"{path.name}-wal")
-    whole = not (wal.exists() and wal.stat().st_size)
-    if whole and not os.access(path.parent, os.W_OK):
-        return _opened(f"{address}?immutable=1")
+    stamp = stamp_of(path)
+    _, (_, n_log_bytes, _) = stamp
+    if n_log_bytes == 0 and not os.access(path.parent, os.W_OK):
+        return _opened_immutable(address, stamp)
     connection = _opened(f"{address}?mode=ro")
     try:
         connection.execute("PRAGMA schema_version")
     except sqlite3.OperationalError:
         connection.close()
-        if whole and _is_full(path):
-            return _opened(f"{address}?immutable=1")
+        if n_log_bytes == 0 and _is_full(path):
+            return _opened_immutable(address, stamp)
         raise
     return connection
 
 
-def _opened(address: str) -> sqlite3.Connection:
-    return sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
+def stamp_of(path: Path) -> Stamp:
+    """Changes when somebody commits; soon after that, once more, since clocks tick slowly."""
+    return _facts(path), _facts(path.with_name(f"{path.name}-wal"))
+
+
+def _facts(path: Path) -> tuple[int, int, int]:
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return 0, 0, 0
+    return facts.st_ino, facts.st_size, trusted_time(file_time(facts), now=time.time_ns())
+
+
+def _opened_immutable(address: str, stamp: Stamp) -> ImmutableConnection:
+    connection = _opened(f"{address}?immutable=1", ImmutableConnection)
+    assert isinstance(connection, ImmutableConnection)
+    connection.stamp = stamp
+    return connection
+
+
+def _opened(address: str, factory: type[sqlite3.Connection] = sqlite3.Connection) -> sqlite3.Connection:
+    return sqlite3.connect(
+        address, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS, factory=factory
+    )
 
 
 def _is_full(path: Path) -> bool:

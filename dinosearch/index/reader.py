@@ -15,7 +15,7 @@ import numpy as np
 
 from dinosearch.images.source import UNTRUSTED_TIME
 from dinosearch.index.conditions import BUILT_IN, Condition
-from dinosearch.index.database import damaged, explained
+from dinosearch.index.database import ImmutableConnection, damaged, explained, stamp_of
 from dinosearch.index.rows import (
     OK,
     UNREADABLE,
@@ -127,8 +127,13 @@ class CatalogReader:
             raise damaged(self.path, found)
 
     def data_version(self) -> int:
-        """A number that changes when another connection has committed."""
+        """A number that changes when another connection has committed, unless this one is `outdated` by that."""
         return int(self._rows("PRAGMA data_version")[0][0])
+
+    def outdated(self) -> bool:
+        """Whether others committed what this connection cannot see: it may show half of it, and is to be made anew."""
+        connection = self._connection
+        return isinstance(connection, ImmutableConnection) and connection.stamp != stamp_of(self.path)
 
     # -- reading
 

@@ -73,7 +73,7 @@ class OpenIndex:
         self._path = index_path
         self._note = note
         self._catalog = Catalog.open(index_path)
-        self._version = self._catalog.data_version()
+        self._version: int | None = self._catalog.data_version()
         self._vectors = open_vectors(self._catalog, note=note)
         self.fingerprint = self._vectors.fingerprint
         """The model that made the vectors; queries must come from the same one."""
@@ -167,6 +167,10 @@ class OpenIndex:
         return (self._vectors.only(np.array(sorted(files), dtype=np.int64)) if few else self._vectors), files
 
     def _refresh(self) -> None:
+        if self._catalog.outdated():
+            reopened = Catalog.open(self._path)
+            self._catalog.close()
+            self._catalog, self._version = reopened, None
         version = self._catalog.data_version()
         if version == self._version:
             return
