@@ -4,8 +4,9 @@ import pytest
 from indexing import a_model
 
 from dinosearch.errors import UsageError
+from dinosearch.images import planes
 from dinosearch.images.decode import BYTES_PER_PIXEL, pixel_budget
-from dinosearch.index.limits import left_for_vectors, limits_for
+from dinosearch.index.limits import Limits, left_for_vectors, limits_for
 
 
 def test_without_a_bound_the_machines_memory_decides():
@@ -41,3 +42,14 @@ def test_bad_files_are_tried_again_with_a_larger_budget_only():
     small, large = (limits_for(a_model(), workers=1, max_memory=m << 20).decoder_keys() for m in (700, 900))
     assert small.of("corrupt") == large.of("corrupt")
     assert small.of("too-large") != large.of("too-large")
+
+
+@pytest.mark.parametrize("name", ["tifffile", "imagecodecs"])
+def test_bad_files_of_many_channels_are_tried_again_once_a_decoder_of_theirs_is_installed(name, monkeypatch):
+    def keys(channels, *installed):
+        monkeypatch.setattr(planes, "find_spec", lambda each: each if each in installed else None)
+        return Limits(workers=1, max_pixels=10**6, channels=channels).decoder_keys()
+
+    for status in ("unsupported", "too-large"):
+        assert keys(5).of(status) != keys(5, name).of(status)
+        assert keys(3).of(status) == keys(3, name).of(status)

@@ -5,6 +5,7 @@ the range of their type, so that one image's brightness compares with another's;
 """
 
 import io
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -49,6 +50,11 @@ def decode_planes(data: bytes, fit: Fit, *, max_pixels: int | None) -> Picture:
     if len(bands) > 1:
         raise _other_number(len(bands), fit.channels)
     return _from(_pages(image, data, fit.channels, most), orientation, fit)
+
+
+def tiff_decoders() -> list[str]:
+    """Of the extra `tiff`, what is installed: part of the set of decoders that a bad file was tried with."""
+    return [name for name in ("tifffile", "imagecodecs") if find_spec(name)]
 
 
 def _pages(image: ImageFile.ImageFile, data: bytes, channels: int, max_pixels: int | None) -> list[Image.Image]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dinosearch.errors import UsageError
 from dinosearch.images.decode import BYTES_PER_PIXEL, MOST_PIXELS, decoders, pixel_budget
+from dinosearch.images.planes import tiff_decoders
 from dinosearch.index.rows import DecoderKeys
 from dinosearch.vit.folder import ModelFolder
 
@@ -33,7 +34,9 @@ class Limits:
 
     def decoder_keys(self) -> DecoderKeys:
         """What bad files are remembered with."""
-        known = decoders() if self.channels == 3 else f"{decoders()}, {self.channels} channels"
+        known = decoders()
+        if self.channels != 3:
+            known = f"{' '.join([known, *tiff_decoders()])}, {self.channels} channels"
         return DecoderKeys(known, f"{known}, at most {self.max_pixels} pixels")
 
 
