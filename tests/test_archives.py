@@ -213,7 +213,7 @@ def test_a_tar_cut_off_gives_what_came_before_and_leaves_the_rest_unknown(tmp_pa
     read = contents(source, scan.images)
     whole = [read[f"{i:02}.jpg"] for i in range(n_whole)]
     assert whole == [random[i * 3000 :][:3000] for i in range(n_whole)]
-    assert str(read[f"{n_whole:02}.jpg"]).startswith(("truncated", "unreadable"))
+    assert str(read[f"{n_whole:02}.jpg"]).startswith("unreadable: ")
 
 
 def test_a_tar_with_a_broken_header_in_its_middle_is_not_taken_to_end_there(tmp_path):
@@ -300,7 +300,7 @@ def test_an_encrypted_or_broken_member_costs_only_itself(tmp_path):
     source = opened(path)
     read = contents(source, scanned(source).images)
     assert read["a.jpg"] == "unreadable: encrypted"
-    assert read["b.jpg"].startswith("corrupt: ")
+    assert read["b.jpg"].startswith("unreadable: damaged in the archive (")
     assert read["c.jpg"] == b"c" * 99
 
 
@@ -320,7 +320,7 @@ def test_a_zip_member_gives_no_more_bytes_than_it_announced(tmp_path):
     path.write_bytes(data)
     source = opened(path)
     [read] = contents(source, scanned(source).images).values()
-    assert read == b"\0" * 100 or str(read).startswith("corrupt")
+    assert read == b"\0" * 100 or str(read).startswith("unreadable")
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
@@ -394,7 +394,7 @@ def test_a_flipped_byte_in_a_compressed_member_costs_only_that_member(tmp_path, 
         path.write_bytes(data)
         source = opened(path)
         read = contents(source, scanned(source).images)
-        assert str(read["a.jpg"]).startswith(("corrupt: ", "truncated: ", "unreadable: ")), at
+        assert str(read["a.jpg"]).startswith("unreadable: "), at
         assert read["b.jpg"] == b"b" * 99
 
 

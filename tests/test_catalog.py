@@ -151,6 +151,15 @@ def test_an_unreadable_file_keeps_the_hash_it_had(catalog):
     assert catalog.n_images() == 0
 
 
+def test_a_file_that_was_refused_unread_is_no_word_on_what_it_held_before(catalog):
+    number = fill(catalog, 1)
+    content = f"{0:032x}"
+    catalog.put_files([FileRow(number, "0.png", 2**40, 20, None, "too-large", "huge", decoders="old 100")])
+    [stored] = catalog.stored_files(number, fingerprint="f" * 16)
+    assert (stored.status, stored.content_hash) == ("too-large", None)
+    assert catalog.known_content(content, fingerprint="e" * 16, decoders="old", large="old 100") is None
+
+
 def test_a_failure_is_known_by_content_to_the_decoders_that_failed(catalog):
     number = catalog.add_root("folder", "/photos")
     catalog.put_files([FileRow(number, "a", 1, 2, "aa", "corrupt", "why", decoders="old")])

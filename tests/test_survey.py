@@ -277,6 +277,36 @@ def test_verify_looks_into_archives_too(shop, tmp_path):
     assert counts(shop.sync(roots=sources, verify=True)) == {"failed": 1}
 
 
+def test_a_member_that_was_copied_badly_is_read_again_from_a_better_copy(shop, tmp_path):
+    path = tmp_path / "photos.zip"
+    sources = pack(path, {name: shop.root / name for name in ("0000.png", "0001.png", "0002.png")})
+    whole = path.read_bytes()
+    at = whole.index(b"IDAT") + 20
+
+    def copied(data, when):
+        path.write_bytes(data)
+        os.utime(path, (when, when))
+        return counts(shop.sync(roots=sources))
+
+    bad = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    assert copied(bad, 2e9) == {"new": 2, "failed": 1, "embedded": 2, "images": 2}
+    assert [row.status for row in failures(shop.index)] == ["unreadable"]
+    assert copied(whole, 1e9) == {"changed": 1, "unchanged": 2, "embedded": 1, "images": 3}
+
+
+def test_a_tar_that_was_copied_in_part_is_read_again_whatever_its_time(shop, tmp_path):
+    path = tmp_path / "photos.tar"
+    sources = pack(path, {"0000.png": shop.root / "0000.png"})
+    whole = path.read_bytes()
+    for data, expected in [
+        (whole[: whole.index(b"\x89PNG") + 300], {"failed": 1}),
+        (whole, {"changed": 1, "embedded": 1, "images": 1}),
+    ]:
+        path.write_bytes(data)
+        os.utime(path, (1e9, 1e9))
+        assert counts(shop.sync(roots=sources)) == expected
+
+
 def test_another_number_of_frames_is_not_left_behind(shop):
     shop.sync()
     with Catalog.open(shop.index, writable=True) as catalog:

@@ -139,7 +139,8 @@ class Catalog(CatalogReader):
             """INSERT INTO files (root, path, member, frame, size, mtime_ns, content_hash, status, reason, width,
             height, decoders, frames, metadata) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, nullif(?, ''))
             ON CONFLICT (root, path, member, frame) DO UPDATE SET size = excluded.size, mtime_ns = excluded.mtime_ns,
-            content_hash = coalesce(excluded.content_hash, content_hash), status = excluded.status,
+            content_hash = CASE excluded.status WHEN 'unreadable' THEN coalesce(excluded.content_hash, content_hash)
+            ELSE excluded.content_hash END, status = excluded.status,
             reason = excluded.reason, width = excluded.width, height = excluded.height, decoders = excluded.decoders,
             frames = excluded.frames, metadata = excluded.metadata""",
             (

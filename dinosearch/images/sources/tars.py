@@ -153,7 +153,7 @@ class TarSource(Archive):
         if self.facts() != self._scanned:
             raise BadImage("unreadable", "the archive changes while it is read")
         if len(data) != self._members[image.member].size:
-            raise BadImage("truncated", "the archive ends within it")
+            raise BadImage("unreadable", "the archive ends within it")
         return StableBytes(data, image.mtime_ns)
 
 

@@ -59,11 +59,12 @@ class ZipSource(Archive):
                 with self._lock:
                     file.close()
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
-            raise BadImage("corrupt", str(error) or "ends early") from error
+            # Of a better copy of the archive the directory is the same: what was never seen must not be remembered.
+            raise BadImage("unreadable", f"damaged in the archive ({str(error) or 'ends early'})") from error
         except (OSError, NotImplementedError, RuntimeError, ValueError) as error:
             raise BadImage("unreadable", str(error)) from error
         if len(data) != info.file_size:
-            raise BadImage("truncated", f"{len(data)} of {info.file_size} bytes")
+            raise BadImage("unreadable", f"damaged in the archive ({len(data)} of {info.file_size} bytes)")
         if self.facts() != opened_as:
             raise BadImage("unreadable", "the archive changes while it is read")
         return StableBytes(data, image.mtime_ns)
