@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -594,6 +595,50 @@ def test_another_model_answers_only_when_all_is_embedded(shop, tmp_path):
     info = index_info(shop.index)
     assert (info.fingerprint, info.model, info.vectors) == (a_model(1).fingerprint, "m1", 20)
     assert_as_in_a_calm_run(shop, tmp_path)
+
+
+def test_what_another_model_cannot_read_is_found_until_that_one_answers(shop, monkeypatch):
+    wide = write_image(shop.root / "0000-wide.png", 500, size=(31, 17))
+    shop.sync()
+    n_bytes, decode = wide.stat().st_size, workers.OpenFile.decode
+
+    def refuse(file):
+        if file.size == n_bytes:
+            raise BadImage("unsupported", "another number of channels")
+        return decode(file)
+
+    monkeypatch.setattr(workers.OpenFile, "decode", refuse)
+    shop.model = a_model(1)
+    with pytest.raises(KeyboardInterrupt):
+        shop.sync(stop_after=8)
+    assert index_info(shop.index).model == "m0"
+    assert len(indexed(shop)) == 21
+    assert list(failures(shop.index)) == []
+    assert counts(shop.sync()) == {"unchanged": 20, "failed": 1, "embedded": 12, "images": 20}
+    assert [(Path(row.path), row.reason) for row in failures(shop.index)] == [(wide, "another number of channels")]
+
+
+def test_a_model_that_can_read_none_of_the_images_does_not_take_over(shop, monkeypatch):
+    shop.sync()
+    before = indexed(shop)
+    shop.model = replace(a_model(1), mean=(0.5,) * 5)
+    with pytest.raises(DinosearchError, match=r"m1 \(3 channels, and the model takes 5\); m0 still answers"):
+        shop.sync()
+
+    def denied(*_):
+        raise BadImage("unreadable", "Input/output error")
+
+    shop.model = a_model(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(workers.DecodePool, "read", denied)
+        with pytest.raises(DinosearchError, match=r"m1 \(Input/output error\); m0 still answers"):
+            shop.sync()
+    assert index_info(shop.index).model == "m0"
+    assert list(failures(shop.index)) == []
+    assert indexed(shop).keys() == before.keys()
+    assert all(np.array_equal(vector, before[name]) for name, vector in indexed(shop).items())
+    shop.model = a_model(0)
+    assert counts(shop.sync()) == {"unchanged": 20, "images": 20}
 
 
 def test_going_back_to_the_earlier_model_embeds_only_what_is_new(shop, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dinosearch.errors import DinosearchError
@@ -46,6 +46,17 @@ class Wanted:
             return "new"
         same = row.content_hash == self.stored.content_hash and self.stored.status in (OK, UNREADABLE)
         return "changed" if not same else "moved" if self.moved else "unchanged"
+
+    def loses_by(self, rows: Sequence[FileRow]) -> bool:
+        """Whether the file is as it was, as far as can be told, and these rows leave less of it to search."""
+        before, first = self.stored, rows[0]
+        if before is None or before.status != OK:
+            return False
+        if first.content_hash is None:
+            as_it_was = (first.size, first.mtime_ns) == (before.size, before.mtime_ns)
+        else:
+            as_it_was = first.content_hash == before.content_hash
+        return as_it_was and (len(rows) < (before.frames or 1) or any(row.status != OK for row in rows))
 
 
 @dataclass(frozen=True)

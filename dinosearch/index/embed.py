@@ -100,8 +100,11 @@ class Embedding:
         """Verified files whose content is another one though size and time are the same."""
         self.n_pages_dropped = 0
         """Frames beyond the MOST_FRAMES first of their file."""
+        self.held_back: list[FileRow] = []
+        """Of files of which another model than the answering one can read less: to be written when that one answers."""
         self._catalog = catalog
         self._fingerprint = model.fingerprint
+        self._switching = catalog.fingerprint != model.fingerprint
         self._dim = model.dim
         self._fit = Fit(model.image_size, model.fit, model.crop_pct, model.interpolation, model.channels)
         self._encoder_for = encoder_for
@@ -356,7 +359,10 @@ class Embedding:
             self.outcomes[outcome] += 1
             self.n_altered += outcome == "changed" and each.wanted.verified
             self._n_bytes += each.row.size
-            rows += of_file
+            if self._switching and each.wanted.loses_by(of_file):
+                self.held_back += of_file
+            else:
+                rows += of_file
         self._n_unsaved += len(rows)
         return rows
 

@@ -2,9 +2,9 @@
 
 The order keeps every promise: the lock first; nothing is changed before all sources were scanned and the share of files
 that are gone was judged; moves and deletions in one transaction; then embedding, saved every few seconds; last the
-FAISS file, and in one transaction with it the switch to another model. Killed anywhere, the state before keeps
-answering and the next run goes on from there. A content is embedded once for a model, so going back to an
-earlier model is cheap.
+FAISS file, and in one transaction with it the switch to another model, with what this one cannot read. Killed
+anywhere, the state before keeps answering and the next run goes on from there. A content is embedded once for a model,
+so going back to an earlier model is cheap.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ def sync_index(
             )
             catalog.commit()
         else:
-            _finish(catalog, model, prune=prune, verify=verify, max_memory=max_memory, note=note)
+            held_back = embedding.held_back
+            _finish(catalog, model, held_back, prune=prune, verify=verify, max_memory=max_memory, note=note)
         summary = SyncSummary(
             index=index_path.name,
             model=catalog.meta("model"),
@@ -404,6 +405,7 @@ def _progress_of(embedding: Embedding, total: int) -> SyncProgress:
 def _finish(
     catalog: Catalog,
     model: ModelFolder,
+    held_back: list[FileRow],
     *,
     prune: bool,
     verify: bool,
@@ -419,7 +421,7 @@ def _finish(
         if now != present:
             catalog.restamp(now)
     if catalog.fingerprint != model.fingerprint:
-        catalog.set_model(fingerprint=model.fingerprint, model=model.name, dim=model.dim)
+        _switch(catalog, model, held_back)
     n_pruned = catalog.prune() if prune else 0
     if (wanted or n_pruned) and catalog.n_vectors(fingerprint=model.fingerprint):
         left = left_for_vectors(model, max_memory)
@@ -431,3 +433,16 @@ def _finish(
     generation.remove_old_generations(catalog)
     if n_pruned:
         catalog.compact()
+
+
+def _switch(catalog: Catalog, model: ModelFolder, held_back: list[FileRow]) -> None:
+    """Let another model answer, with what it cannot read. Raises DinosearchError if that is all."""
+    before, n_before = catalog.meta("model"), catalog.n_images() if held_back else 0
+    catalog.put_files(held_back)
+    catalog.set_model(fingerprint=model.fingerprint, model=model.name, dim=model.dim)
+    if n_before and not catalog.n_images():
+        reason = next(row.reason for row in held_back if row.status != OK)
+        raise DinosearchError(
+            f"no image can be embedded with {model.name} ({reason}); {before} still answers. Choose another --model, "
+            "or check the images"
+        )
