@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dinosearch.errors import DinosearchError, ModelMismatch
+from dinosearch.errors import DinosearchError, ModelMismatch, UsageError
 from dinosearch.images.sources import open_sources
 from dinosearch.index.contents import Failure, IndexedFile, IndexInfo, failures, index_info
 from dinosearch.index.locate import index_for, indexes_path, resolve_index
@@ -76,6 +76,8 @@ def build_index(
     """
     specs = [images] if isinstance(images, str | os.PathLike) else images
     sources = open_sources(os.fspath(spec) for spec in specs)
+    if not sources:
+        raise UsageError("no images given. Name a folder, files, an archive, a list or a table")
     index_path = index_for(sources, name=name, indexes=indexes_path(), shard=shard)
     vit = resolve_model(model, models=models_path(), note=note, image_size=image_size)
 
@@ -107,7 +109,10 @@ def build_index(
         for step in sync:
             progress(step)
             summary = step.summary
-    return Index(index_path, model=model, device=device, summary=summary, note=note)
+    index = Index(index_path, device=device, summary=summary, note=note)
+    if index.fingerprint == vit.fingerprint:  # else the earlier model answers still
+        index._model_spec = str(vit.path)  # `model` without its image_size may be another one
+    return index
 
 
 def open_index(

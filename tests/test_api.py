@@ -134,6 +134,29 @@ def test_the_options_of_the_command_do_the_same_here():
 
 
 @pytest.mark.usefixtures("home")
+def test_no_images_at_all_are_an_error_and_touch_no_index():
+    dinosearch.build_index("catalog").close()
+    for name in (None, "mine"):
+        with pytest.raises(UsageError, match="no images given"):
+            dinosearch.build_index(Path().glob("*.jpg"), name=name)
+    assert [path.name for path in Path("indexes").iterdir()] == ["catalog"]
+
+
+@pytest.mark.usefixtures("home")
+def test_what_was_built_with_a_released_file_at_another_size_is_asked_at_that_size():
+    import torch
+
+    from dinosearch.vit.folder import ModelFacts, create_vit
+
+    tiny = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1}
+    torch.save(create_vit(ModelFacts("vit_tiny_patch16_224", tiny, image_size=16)).state_dict(), "dino.pth")
+    with dinosearch.build_index("catalog", model="dino.pth", image_size=32) as index:
+        file = index.files()[9]
+        assert index.embed([file.path])[0] @ index.vectors()[file.row] == pytest.approx(1, abs=1e-3)
+    assert sorted(path.name for path in Path("models").iterdir()) == ["dino", "tiny"]
+
+
+@pytest.mark.usefixtures("home")
 def test_what_cannot_be_read_is_listed_not_raised():
     Path("catalog/china/half.jpg").write_bytes(Path("catalog/china/0.jpg").read_bytes()[:900])
     index = dinosearch.build_index("catalog")
