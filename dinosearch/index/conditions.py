@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -36,13 +37,14 @@ class Condition:
 
     @property
     def number(self) -> float | None:
-        """The value as a number, if it is one."""
+        """The value as a number, if it is one. SQLite has no NaN: it is text."""
         if self.value in ("true", "false"):
             return float(self.value == "true")
         try:
-            return float(self.value)
+            number = float(self.value)
         except ValueError:
             return None
+        return None if math.isnan(number) else number
 
 
 def check_columns(conditions: list[Condition], columns: list[str]) -> None:

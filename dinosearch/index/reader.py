@@ -6,7 +6,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -400,14 +400,15 @@ class CatalogReader:
         raise damaged(self.path, "a path is no text")
 
 
-def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str, list[bytes | float]]:
-    """A condition in SQL, and the values of its parameters."""
+def _test_of(condition: Condition, metadata_columns: Mapping[str, set[str]]) -> tuple[str, list[bytes | float]]:
+    """A condition in SQL, and the values of its parameters. metadata_columns: as of `CatalogReader`."""
     # As bytes: text that is not UTF-8, as names may be, cannot be given to SQLite otherwise.
     name, number, text = os.fsencode(condition.column), condition.number, os.fsencode(condition.value)
     # json_each takes any name; a path of json_extract none with quotes in it.
     column, own = "(SELECT value FROM json_each(f.metadata) WHERE key = CAST(? AS TEXT))", [name]
     if condition.column in BUILT_IN and condition.column not in metadata_columns:
         column, own = (_PATH if condition.column == "path" else f"f.{condition.column}"), []
+    kinds = metadata_columns.get(condition.column, {"text"} if condition.column == "path" else {"integer"})
     if condition.comparison == "~":
         return f"instr(lower({column}), lower(CAST(? AS TEXT))) > 0", [*own, text]
     if condition.comparison in ("=", "!="):
@@ -417,7 +418,7 @@ def _test_of(condition: Condition, metadata_columns: Iterable[str]) -> tuple[str
         if condition.comparison == "=":
             return equal, values
         return f"{column} NOT NULL AND NOT {equal}", [*own, *values]
-    if number is None:
+    if number is None or kinds <= {"text", "null"}:  # among dates, 2024 is text
         return f"{column} {condition.comparison} CAST(? AS TEXT) AND typeof({column}) = 'text'", [*own, text, *own]
     return f"{column} {condition.comparison} ? AND typeof({column}) != 'text'", [*own, number, *own]
 
