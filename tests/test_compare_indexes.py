@@ -1,5 +1,6 @@
 """Comparisons of indexes on labelled images, against hand-made cases and scipy's and numpy's definitions."""
 
+from dataclasses import replace
 from math import comb
 
 import numpy as np
@@ -65,6 +66,15 @@ def test_images_that_are_not_in_all_indexes_are_left_out_and_counted(catalog):
     assert (found.left_out, found.unmatched) == (31, 1)
     assert found.n_train + found.n_test == N - 31
     assert all(d.only_first == d.only_second == 0 for d in found.differences)  # in another order, the same vectors
+
+
+def test_files_are_compared_by_their_first_page_where_an_index_has_more(catalog):
+    files, labels, good = catalog
+    pages = [replace(file, frame=frame) for file in files for frame in range(2)]
+    vectors = np.stack([good, vectors_of(30.0)], axis=1).reshape(2 * N, -1)  # pages of a file side by side
+    found = compare(labels, [("first", files, good), ("pages", pages, vectors)])
+    assert (found.left_out, found.n_train + found.n_test) == (0, N)
+    assert all(d.only_first == d.only_second == 0 for d in found.differences)
 
 
 def test_the_split_of_the_csv_is_used(catalog):

@@ -46,6 +46,22 @@ def test_beside_the_csv_comes_before_below_a_root(tmp_path, files):
     assert found.rows == [3]
 
 
+def test_of_a_file_with_pages_the_first_counts(tmp_path, files):
+    root = tmp_path / "catalog"
+    pages = [IndexedFile(root / "p.tif", "p.tif", root, frame=frame) for frame in range(3)]
+    found = load_labels(write(tmp_path, "path,label\np.tif,cat\na.jpg,dog\n"), [*files, *pages])
+    assert (found.rows, found.labels) == ([0, 3], ["dog", "cat"])
+
+
+@pytest.mark.parametrize("name", ["https://host/pictures/sub/b.jpg?size=1", "sub/b.jpg?size=1", "s3://bucket/c.jpg"])
+def test_images_in_the_network_are_found_by_url_and_below_their_root(tmp_path, files, name):
+    root, named = "https://host/pictures", "s3://bucket/c.jpg"
+    remote = [IndexedFile(f"{root}/{each}", each, root) for each in ("a.jpg", "sub/b.jpg?size=1")]
+    listed = IndexedFile(named, named, tmp_path / "list.txt")
+    found = load_labels(write(tmp_path, f"path,label\n{name},cat\n"), [*files, *remote, listed])
+    assert found.rows == [5 if name == named else 4]
+
+
 def test_a_path_below_two_roots_is_refused(tmp_path, files):
     other = IndexedFile(tmp_path / "other/a.jpg", "a.jpg", tmp_path / "other")
     with pytest.raises(DinosearchError, match=r"line 2: 'a\.jpg' lies below several"):

@@ -1,7 +1,8 @@
 """Labels of indexed files, from a CSV with a header and the columns path, label and, if wanted, split.
 
 Paths may be relative to the CSV, relative to a root of the index, or absolute; the first of these that is indexed
-counts. Other columns are ignored. Knows nothing of vectors.
+counts, and a URL as it is. Of a file of several pages the first counts. Other columns are ignored. Knows nothing of
+vectors.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinosearch.errors import DinosearchError
+from dinosearch.images.sources import is_url
 
 if TYPE_CHECKING:
     from dinosearch.index.contents import IndexedFile
@@ -125,17 +127,21 @@ class _Finder:
 
     def __init__(self, csv_path: Path, files: Sequence[IndexedFile]) -> None:
         self._csv_path = csv_path
-        self._positions = {os.fspath(file.path): position for position, file in enumerate(files)}
+        self._positions: dict[str, int] = {}
+        for position, file in enumerate(files):
+            self._positions.setdefault(os.fspath(file.path), position)  # pages share their path, in order
         self._folder = csv_path.resolve().parent
         self._roots = list(dict.fromkeys(file.root for file in files))
         self._real_folders: dict[str, str] = {}
 
     def find(self, row: LabelRow) -> int | None:
         """Raises DinosearchError for a relative path that exists below several roots."""
+        if is_url(row.path):
+            return self._positions.get(row.path)
         beside = self._position(os.path.join(self._folder, row.path))  # noqa: PTH118 (a million rows)
         if beside is not None:
             return beside
-        below = [self._position(os.path.join(root, row.path)) for root in self._roots]  # noqa: PTH118
+        below = [self._below(root, row.path) for root in self._roots]
         matches = {position for position in below if position is not None}
         if len(matches) > 1:
             raise DinosearchError(
@@ -143,6 +149,11 @@ class _Finder:
                 "Write its absolute path"
             )
         return matches.pop() if matches else None
+
+    def _below(self, root: Path | str, path: str) -> int | None:
+        if is_url(os.fspath(root)):
+            return self._positions.get(f"{root}/{path}")  # a normal path has no two slashes side by side
+        return self._position(os.path.join(root, path))  # noqa: PTH118 (a million rows)
 
     def _position(self, path: str) -> int | None:
         path = os.path.normpath(path)
