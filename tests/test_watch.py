@@ -11,6 +11,7 @@ from dinosearch.errors import DinosearchError, IndexUnusable
 from dinosearch.images.sources import open_sources
 from dinosearch.index import watch
 from dinosearch.index.contents import read_vectors
+from dinosearch.index.forget import forget
 from dinosearch.index.lock import writer_lock
 from dinosearch.index.watch import keep_synced
 
@@ -179,3 +180,36 @@ def test_between_syncs_others_may_write(shop):
         shutil.copy2(shop.root / "0000.png", shop.root / "copy.png")
 
     assert follow(shop, [str(shop.root)], others) == [{"new": 6}, {"new": 1}]
+
+
+def test_a_source_that_was_forgotten_is_not_taken_in_again(shop, tmp_path):
+    private = tmp_path / "private"
+    write_images(private, 3, seed=100)
+    shop.index = tmp_path / "index"
+
+    def forget_one():
+        forget(shop.index, [str(private)])
+        write_image(private / "new.png", 60)
+        write_image(shop.root / "new.png", 61)
+
+    assert follow(shop, [str(shop.root), str(private)], forget_one) == [{"new": 9}, {"new": 1}]
+    assert {file.root for file in read_vectors(shop.index)[0]} == {shop.root}
+
+
+def test_nothing_is_followed_once_all_sources_were_forgotten(shop, tmp_path):
+    shop.index = tmp_path / "index"
+    synced = []
+
+    def forget_all():
+        forget(shop.index, [str(shop.root)])
+        write_image(shop.root / "new.png", 60)
+
+    def sync(due):
+        assert not synced
+        synced.append(shop.sync(roots=due).new)
+        threading.Timer(0.2, forget_all).start()
+
+    with pytest.raises(DinosearchError, match="no source that was followed"):
+        keep_synced(open_sources([str(shop.root)]), sync, index_path=shop.index, note=shop.notes.append)
+    assert (synced, read_vectors(shop.index)[0]) == ([6], [])
+    assert f"{shop.root} is no source of index any more: not followed" in shop.notes

@@ -2,7 +2,7 @@
 
 Folders on local disks tell of themselves, through the operating system; on network disks they are looked through now
 and then. Archives are followed by their file's stamp, what has none by the clock: a sync of what is as it was costs
-next to nothing. A source that disappears is waited for.
+next to nothing. A source that disappears is waited for; one that the index was made to forget is followed no more.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NoReturn
 from dinosearch.errors import DinosearchError, IndexUnusable
 from dinosearch.images.names import is_image_name
 from dinosearch.images.source import Source
+from dinosearch.index.catalog import Catalog, is_index
 from dinosearch.index.database import network_file_system
 
 QUIET_SECONDS = 1.0
@@ -43,8 +44,8 @@ def keep_synced(
     """Call `sync` with all sources, and again with those in which something changed, until it raises.
 
     What goes wrong with the first sync is raised. Later a DinosearchError is noted and the sync tried again, unless the
-    index itself cannot be used any more. What changes while `sync` is at work is told of next; changes inside the index
-    itself are none.
+    index itself cannot be used any more or no source is left: those that the index was made to forget are not passed
+    on. What changes while `sync` is at work is told of next; changes inside the index itself are none.
     """
     followed = [_Followed(source) for source in sources]
     due, first = list(followed), True
@@ -54,7 +55,13 @@ def keep_synced(
             while listened_to_all:
                 if due:
                     try:
-                        sync([each.source for each in due])
+                        if not first:
+                            for each in _forgotten(due, index_path):
+                                note(f"{each.source.location} is no source of {index_path.name} any more: not followed")
+                                due.remove(each)
+                                followed.remove(each)
+                        if due:
+                            sync([each.source for each in due])
                     except IndexUnusable:
                         raise
                     except DinosearchError as error:
@@ -63,6 +70,11 @@ def keep_synced(
                         note(f"{error} (tried again in {RETRY_SECONDS:.0f} seconds)")
                         for each in due:
                             each.retry_at = time.monotonic() + RETRY_SECONDS
+                if not followed:
+                    raise DinosearchError(
+                        f"no source that was followed is one of {index_path.name} any more. Name those to follow: "
+                        "dinosearch index SOURCE --watch"
+                    )
                 due, first = [], False
                 changed = changes.wait()
                 for each in followed:
@@ -71,6 +83,15 @@ def keep_synced(
                     if each.present and (not was or each.is_due() or each.source.location in changed):
                         due.append(each)
                         each.seen, each.retry_at = time.monotonic(), None
+
+
+def _forgotten(due: list[_Followed], index_path: Path) -> list[_Followed]:
+    """Those that are no sources of the index any more: a sync would take in again what was just erased."""
+    if not is_index(index_path):
+        return []  # it was deleted as a whole, and a sync makes it anew
+    with Catalog.open(index_path) as catalog:
+        known = {root.location for root in catalog.roots().values()}
+    return [each for each in due if each.source.location not in known]
 
 
 class _Followed:
