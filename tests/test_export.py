@@ -90,6 +90,38 @@ def test_any_number_and_name_of_a_table_passes_into_parquet(tmp_path):
         assert [row["v0 (table)"] for row in csv.DictReader(file)] == ["b", "d"]
 
 
+@pytest.mark.parametrize("form", ["npy", "csv", "parquet"])
+def test_what_a_table_says_stands_beside_the_columns_whose_names_it_uses(tmp_path, form):
+    import pyarrow.parquet as pq
+
+    [path] = write_images(tmp_path / "named", 1)
+    said = {"frame": "oak", "path": "aisle 7", "size": {"cm": [3, 4]}, "source": "shop", "source (table)": "mill"}
+    path.with_suffix(".json").write_text(json.dumps(said))
+    with tarfile.open(tmp_path / "told.tar", "w") as archive:
+        for each in (path, path.with_suffix(".json")):
+            archive.add(each, each.name)
+    workshop = Workshop(tmp_path, tmp_path / "index", a_model(), None, [])
+    workshop.sync(roots=open_sources([str(tmp_path / "told.tar")]))
+    written = export_index(workshop.index, form=form, out=tmp_path / "catalog")[-1]
+    if form == "parquet":
+        [row] = pq.read_table(written).to_pylist()
+    else:
+        with written.open(newline="") as file:
+            [row] = csv.DictReader(file)
+    assert {name: value for name, value in row.items() if not name.startswith("v")} == {
+        "path": f"{tmp_path}/told.tar/0000.png",
+        "source": f"{tmp_path}/told.tar",
+        "relative": "",
+        "member": "0000.png",
+        "frame": 0 if form == "parquet" else "0",
+        "frame (table)": "oak",
+        "path (table)": "aisle 7",
+        "size": '{"cm": [3, 4]}',
+        "source (table)": "shop",
+        "source (table) (table)": "mill",
+    }
+
+
 def test_an_unknown_form_is_refused_and_nothing_half_is_left(index, tmp_path):
     with pytest.raises(UsageError, match="npy, csv, parquet"):
         export_index(index, form="xlsx")

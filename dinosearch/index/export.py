@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from dinosearch.index.rows import LiveFile
 from dinosearch.index.sources import FollowedSources
 
 FORMS = ("npy", "csv", "parquet")
-FACTS = ("path", "source", "relative", "member", "frame")
-"""Columns that every row has, before those of tables."""
+FACTS = {"path": {"text"}, "source": {"text"}, "relative": {"text"}, "member": {"text"}, "frame": {"integer"}}
+"""Columns that every row has, before those of tables, and their JSON types."""
 
 Rows = Iterator[tuple[list[list[Any]], np.ndarray]]
 
@@ -41,8 +41,7 @@ def export_index(index_path: Path, *, form: str, out: Path | None = None) -> lis
     base = str(out or Path(index_path.name))
     base = base.removesuffix(f".{form}")
     with Catalog.open(index_path) as catalog, catalog.snapshot():
-        columns: dict[str, set[str]] = {name: {"text"} for name in FACTS} | {"frame": {"integer"}}
-        columns |= {name: kinds for name, kinds in catalog.metadata_columns().items() if name not in FACTS}
+        columns = catalog.metadata_columns()
         for name in _with_vast_numbers(catalog) if form == "parquet" else ():
             columns[name] = {"text"}
         size = (catalog.n_live(), int(catalog.meta("dim")))
@@ -56,22 +55,16 @@ def _with_vast_numbers(catalog: Catalog) -> set[str]:
     for file in catalog.live_files():
         said = json.loads(file.metadata) if file.metadata else {}
         found |= {name for name, value in said.items() if isinstance(value, int) and not -(2**63) <= value < 2**63}
-    return found.difference(FACTS)
+    return found
 
 
-def _rows(catalog: Catalog, columns: Mapping[str, set[str]]) -> Rows:
+def _rows(catalog: Catalog, columns: Iterable[str]) -> Rows:
     sources = FollowedSources(catalog)
 
     def facts(file: LiveFile) -> list[Any]:
-        known = {
-            "path": sources.shown_path(file),
-            "source": sources.of(file).location,
-            "relative": file.path,
-            "member": file.member,
-            "frame": file.frame,
-        }
+        known = (sources.shown_path(file), sources.of(file).location, file.path, file.member, file.frame)
         said = json.loads(file.metadata) if file.metadata else {}
-        return [known[name] if name in known else said.get(name) for name in columns]
+        return [*known, *(said.get(name) for name in columns)]
 
     for files, vectors in catalog.live_vectors():
         yield [facts(file) for file in files], vectors
@@ -84,10 +77,10 @@ def _write_npy(base: str, columns: Mapping[str, set[str]], rows: Rows, size: tup
             header = {"descr": "<f4", "fortran_order": False, "shape": size}
             np.lib.format.write_array_header_1_0(array, header)
             lines = csv.writer(table)
-            lines.writerow(map(_title, columns))
+            lines.writerow(_titles(columns))
             for facts, vectors in rows:
                 array.write(vectors.astype("<f4").tobytes())
-                lines.writerows(facts)
+                lines.writerows(map(_cells, facts))
         return [Path(f"{base}.npy"), Path(f"{base}.csv")]
 
 
@@ -95,9 +88,9 @@ def _write_csv(base: str, columns: Mapping[str, set[str]], rows: Rows, size: tup
     with _aside(f"{base}.csv") as (path,):
         with path.open("w", newline="", **_TEXT) as file:
             lines = csv.writer(file)
-            lines.writerow([*map(_title, columns), *(f"v{i}" for i in range(size[1]))])
+            lines.writerow([*_titles(columns), *(f"v{i}" for i in range(size[1]))])
             for facts, vectors in rows:
-                lines.writerows([*each, *map(str, vector)] for each, vector in zip(facts, vectors, strict=True))
+                lines.writerows([*_cells(each), *map(str, vector)] for each, vector in zip(facts, vectors, strict=True))
         return [Path(f"{base}.csv")]
 
 
@@ -108,8 +101,8 @@ def _write_parquet(base: str, columns: Mapping[str, set[str]], rows: Rows, size:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DinosearchError("parquet needs pyarrow: pip install 'dinosearch[tables]', or export --to npy") from error
-    kinds = [_parquet_type(each) for each in columns.values()]
-    fields = [(_title(name), getattr(pa, kind)()) for name, kind in zip(columns, kinds, strict=True)]
+    kinds = [_parquet_type(each) for each in (*FACTS.values(), *columns.values())]
+    fields = [(title, getattr(pa, kind)()) for title, kind in zip(_titles(columns), kinds, strict=True)]
     schema = pa.schema([*fields, ("vector", pa.list_(pa.float32(), size[1]))])
     with _aside(f"{base}.parquet") as (path,):
         with path.open("wb") as file, pq.ParquetWriter(file, schema) as writer:
@@ -127,9 +120,19 @@ def _write_parquet(base: str, columns: Mapping[str, set[str]], rows: Rows, size:
 _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
-def _title(name: str) -> str:
-    """A table's column whose name is taken by the vectors says where it comes from."""
-    return f"{name} (table)" if re.fullmatch(r"vector|v[0-9]+", name) else name
+def _titles(columns: Iterable[str]) -> list[str]:
+    """Of all columns but the vectors'. A table's column whose name is taken says where it comes from."""
+    titles = list(FACTS)
+    for name in columns:
+        while name in titles or re.fullmatch(r"vector|v[0-9]+", name):
+            name = f"{name} (table)"
+        titles.append(name)
+    return titles
+
+
+def _cells(facts: Iterable[Any]) -> list[Any]:
+    """For a CSV: what a table says in lists and objects as JSON."""
+    return [json.dumps(value) if isinstance(value, list | dict) else value for value in facts]
 
 
 def _parquet_type(kinds: set[str]) -> str:
