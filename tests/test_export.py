@@ -137,3 +137,27 @@ def test_the_same_row_holds_what_a_table_says(index, tmp_path):
     with table_path.open(newline="") as file:
         said = {row["relative"]: row["price"] for row in csv.DictReader(file) if row["price"]}
     assert said == {"named/0000.png": "3.0", "named/0001.png": "4.5", "named/0002.png": "5.0"}
+
+
+@pytest.mark.parametrize("form", ["npy", "csv"])
+def test_a_source_is_never_replaced_by_an_export(index, tmp_path, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked.csv").symlink_to("table.csv")
+    index = index.rename(tmp_path / "table")  # as `index table.csv` names it
+    before = (tmp_path / "table.csv").read_bytes()
+    for out in (None, tmp_path / "table", tmp_path / "named" / ".." / "table", tmp_path / "linked"):
+        with pytest.raises(UsageError, match=r"\.csv is a source of the index; .* --out"):
+            export_index(index, form=form, out=out)
+    assert (tmp_path / "table.csv").read_bytes() == before
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_what_is_there_is_replaced_only_where_it_was_named(index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "index.csv").write_text("mine")
+    for form in ("npy", "csv"):
+        with pytest.raises(UsageError, match=r"index\.csv exists\. .* --out"):
+            export_index(index, form=form)
+    assert (tmp_path / "index.csv").read_text() == "mine"
+    [path] = export_index(index, form="csv", out=tmp_path / "index")
+    assert path.read_text().startswith("path,")

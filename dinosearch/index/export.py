@@ -32,9 +32,9 @@ Rows = Iterator[tuple[list[list[Any]], np.ndarray]]
 def export_index(index_path: Path, *, form: str, out: Path | None = None) -> list[Path]:
     """Write the files and say which: OUT.npy and OUT.csv, or OUT.csv, or OUT.parquet.
 
-    out: without its ending; the index's name in the current folder without. What is there already is replaced, once
-    the new one is whole. Raises UsageError for another form, DinosearchError when nothing can be written or pyarrow is
-    not there, IndexNotFound and IndexUnusable.
+    out: without its ending; the index's name in the current folder without, where nothing is replaced. What is at `out`
+    is replaced once the new one is whole, but never a source of the index. Raises UsageError for these and for another
+    form, DinosearchError when nothing can be written or pyarrow is not there, IndexNotFound and IndexUnusable.
     """
     if form not in FORMS:
         raise UsageError(f"no form {form!r}. Choose {', '.join(FORMS)}")
@@ -45,8 +45,19 @@ def export_index(index_path: Path, *, form: str, out: Path | None = None) -> lis
         for name in _with_vast_numbers(catalog) if form == "parquet" else ():
             columns[name] = {"text"}
         size = (catalog.n_live(), int(catalog.meta("dim")))
+        _refuse_loss(catalog, base, form, replace=out is not None)
         write = {"npy": _write_npy, "csv": _write_csv, "parquet": _write_parquet}[form]
         return write(base, columns, _rows(catalog, columns), size)
+
+
+def _refuse_loss(catalog: Catalog, base: str, form: str, *, replace: bool) -> None:
+    """Raise UsageError where the export would stand in the place of a source, or unasked of anything else."""
+    sources = {os.path.realpath(root.location) for root in catalog.roots().values()}
+    for path in [f"{base}.{ending}" for ending in (("npy", "csv") if form == "npy" else (form,))]:
+        if os.path.realpath(path) in sources:
+            raise UsageError(f"{path} is a source of the index; nothing was written. Name another place with --out")
+        if not replace and os.path.lexists(path):
+            raise UsageError(f"{path} exists. Name another place, or this one to replace it, with --out")
 
 
 def _with_vast_numbers(catalog: Catalog) -> set[str]:
