@@ -24,7 +24,8 @@ COMMANDS = [
 
 def environment(**more):
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DINOSEARCH", "NO_COLOR"))}
+    unset = ("DINOSEARCH", "NO_COLOR", "PYTHONUNBUFFERED")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
     return kept | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "COLUMNS": "80"} | more
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -122,6 +123,8 @@ def test_verify_reads_everything_and_embeds_nothing(work):
 def test_watch_takes_in_what_changes_until_it_is_interrupted(work):
     command = [sys.executable, "-m", "dinosearch", "index", "catalog", "--watch", "--json"]
     with subprocess.Popen(command, cwd=work, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        deadline = threading.Timer(60, process.kill)  # a line that stays in a buffer must not hang the test
+        deadline.start()
         try:
             assert json.loads(process.stdout.readline())["new"] == 10
             time.sleep(2)
@@ -131,6 +134,7 @@ def test_watch_takes_in_what_changes_until_it_is_interrupted(work):
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 130
         finally:
+            deadline.cancel()
             process.kill()
 
 

@@ -1,4 +1,6 @@
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,14 @@ def test_a_line_with_a_name_that_is_no_text_can_be_printed(capsys):
     name = os.fsdecode(b"caf\xe9")
     show.line(f"catalog: {name}\x1b[2J is here now")
     assert capsys.readouterr().out == "catalog: caf\\udce9\\x1b[2J is here now\n"
+
+
+def test_a_result_is_in_the_pipe_as_soon_as_it_is_printed(monkeypatch):
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe))
+    show.json_line({"new": 1})
+    show.line("2 new")
+    assert pipe.getvalue() == b'{"new": 1}\n2 new\n'
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])

@@ -21,8 +21,8 @@ PLAIN_SECONDS = 10.0
 
 
 def json_line(value: object) -> None:
-    """One JSON object on one line of stdout; ASCII, so that any name passes through any pipe."""
-    print(json.dumps(value, allow_nan=False))
+    """One JSON object on one line of stdout, there at once; ASCII, so that any name passes through any pipe."""
+    print(json.dumps(value, allow_nan=False), flush=True)
 
 
 def csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -38,8 +38,8 @@ def csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def line(text: str) -> None:
-    """A result for people."""
-    print(printable(text))
+    """A result for people, there at once."""
+    print(printable(text), flush=True)
 
 
 def raw_path(path: Path | str, *, end: bytes) -> None:
