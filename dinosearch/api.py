@@ -78,7 +78,7 @@ def build_index(
     sources = open_sources(os.fspath(spec) for spec in specs)
     if not sources:
         raise UsageError("no images given. Name a folder, files, an archive, a list or a table")
-    index_path = index_for(sources, name=name, indexes=indexes_path(), shard=shard)
+    index_path = index_for(sources, name=name, indexes=indexes_path(), shard=shard, note=note)
     vit = resolve_model(model, models=models_path(), note=note, image_size=image_size)
 
     def start_encoder(plan: EncoderPlan) -> Encoder:

@@ -1,14 +1,17 @@
 import ctypes
 import os
+import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from indexing import Workshop, a_model, write_images
 
-from dinosearch.errors import IndexNotFound, UsageError
+from dinosearch.errors import IndexNotFound, IndexUnusable, UsageError
 from dinosearch.images.sources import known_source
 from dinosearch.index.locate import index_for, indexes_path, list_indexes, resolve_index
 
@@ -38,6 +41,33 @@ def test_the_newest_index_is_the_one_created_last_whatever_was_written_since(tmp
     notes = []
     assert resolve_index(None, indexes=indexes, note=notes.append) == second
     assert "y" in notes[0]
+
+
+def cut_short(index):
+    path = index / "catalog.sqlite"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def make_newer(index):
+    with closing(sqlite3.connect(index / "catalog.sqlite")) as connection:
+        connection.execute("PRAGMA user_version = 99")
+
+
+@pytest.mark.parametrize(("spoil", "why"), [(cut_short, "is damaged"), (make_newer, "has format 99")])
+def test_an_index_that_cannot_be_opened_is_said_and_no_reason_to_build_one(tmp_path, spoil, why):
+    indexes, notes = tmp_path / "indexes", []
+    first, second = sync(tmp_path / "a", indexes / "a"), sync(tmp_path / "b", indexes / "b")
+    spoil(second)
+    assert resolve_index(None, indexes=indexes, note=notes.append) == first
+    assert notes[0].startswith("left out: ")
+    assert str(second) in notes[0]
+    assert why in notes[0]
+    assert notes[1:] == [f"index: {first} (the newest that can be opened; --index chooses another)"]
+    index_for(sources(tmp_path / "c"), name=None, indexes=indexes, note=notes.append)
+    assert notes[2:] == notes[:1]
+    spoil(first)
+    with pytest.raises(IndexUnusable, match=rf"{re.escape(str(first))}.* {why}"):
+        resolve_index(None, indexes=indexes, note=notes.append)
 
 
 def test_an_index_is_named_by_name_or_folder(tmp_path):

@@ -100,7 +100,7 @@ def index(
     opened = open_sources(sources)
     part = Shard.parse(shard) if shard else None
     given = GivenOptions(None if exclude is None else tuple(filter(None, exclude)), include_hidden, all_pages)
-    index_path = index_for(opened, name=name, indexes=indexes_path(), shard=shard)
+    index_path = index_for(opened, name=name, indexes=indexes_path(), shard=shard, note=show.note)
     vit = resolve_model(model, models=models_path(), note=show.note, image_size=image_size)
     show.note(f"index: {show.shown(index_path)}")
 
@@ -215,10 +215,7 @@ def chosen_index(spec: str | None) -> Path:
     """The index that is named, or the newest, which is then said."""
     from dinosearch.index.locate import indexes_path, resolve_index
 
-    path = resolve_index(spec, indexes=indexes_path(), note=lambda _: None)
-    if spec is None:
-        show.note(f"index: {show.shown(path)} (the newest; --index chooses another)")
-    return path
+    return resolve_index(spec, indexes=indexes_path(), note=show.note)
 
 
 def bytes_of(text: str | None) -> int | None:

@@ -18,10 +18,11 @@ def indexes_path() -> Path:
     return Path(os.environ.get("DINOSEARCH_INDEXES") or "indexes")
 
 
-def list_indexes(indexes: Path) -> list[Path]:
-    """Indexes, newest first by the time of their creation, without those that cannot be opened or were only begun.
+def list_indexes(indexes: Path, *, left_out: Callable[[DinosearchError], None] = lambda _: None) -> list[Path]:
+    """Indexes, newest first by the time of their creation, without those that were only begun.
 
-    Hidden ones are unfinished: a merge makes its index aside.
+    One that cannot be opened is left out, and `left_out` is told what is wrong with it. Hidden ones are unfinished: a
+    merge makes its index aside.
     """
     found = []
     for path in _folder_entries(indexes):
@@ -30,13 +31,18 @@ def list_indexes(indexes: Path) -> list[Path]:
                 with Catalog.open(path) as catalog:
                     if catalog.roots():
                         found.append((catalog.meta("created"), path))
-            except DinosearchError:
-                continue  # named, it says what is wrong with it
+            except IndexNotFound:
+                continue
+            except DinosearchError as error:
+                left_out(error)
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def resolve_index(spec: str | None, *, indexes: Path, note: Callable[[str], None]) -> Path:
-    """Folder of an index by name or path; the newest one without. Raises IndexNotFound."""
+    """Folder of an index by name or path; the newest one without, which `note` is told.
+
+    Raises IndexNotFound; without a name, what is wrong with the first one where none can be opened.
+    """
     if spec is not None:
         for path in (indexes / spec, Path(spec)):
             if is_index(path):
@@ -44,15 +50,27 @@ def resolve_index(spec: str | None, *, indexes: Path, note: Callable[[str], None
         raise IndexNotFound(
             f"no index {spec} in {indexes}. Build one: dinosearch index IMAGES --name {Path(spec).name}"
         )
-    found = list_indexes(indexes)
+    unusable: list[DinosearchError] = []
+    found = list_indexes(indexes, left_out=unusable.append)
+    if not found and unusable:
+        raise unusable[0]
     if not found:
         raise IndexNotFound(f"no index in {indexes}. Build one: dinosearch index IMAGES")
-    if len(found) > 1:
-        note(f"index: {found[0].name}, the newest of {len(found)}")
+    for error in unusable:
+        note(f"left out: {error}")
+    newest = "the newest that can be opened" if unusable else "the newest"
+    note(f"index: {found[0]} ({newest}; --index chooses another)")
     return found[0]
 
 
-def index_for(sources: Sequence[Source], *, name: str | None, indexes: Path, shard: str | None = None) -> Path:
+def index_for(
+    sources: Sequence[Source],
+    *,
+    name: str | None,
+    indexes: Path,
+    shard: str | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Path:
     """Where to index sources: under `name`; else in the index that follows them; else under the first one's name.
 
     A name that another source's index has gets a number: name-2; one of a shard says which part it is.
@@ -62,7 +80,7 @@ def index_for(sources: Sequence[Source], *, name: str | None, indexes: Path, sha
     if name is not None:
         return indexes / checked_name(name)
     locations = {source.location for source in sources}
-    for path in list_indexes(indexes):
+    for path in list_indexes(indexes, left_out=lambda error: note(f"left out: {error}")):
         with Catalog.open(path) as catalog:
             if catalog.shard() == shard and locations <= {root.location for root in catalog.roots().values()}:
                 return path
