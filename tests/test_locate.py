@@ -99,6 +99,26 @@ def test_another_folder_of_the_same_name_gets_a_number(tmp_path):
     assert index_for(sources(tmp_path / "two" / "photos"), name=None, indexes=indexes) == second
 
 
+def test_sources_that_are_new_join_the_index_of_the_others(tmp_path):
+    indexes, notes = tmp_path / "indexes", []
+
+    def place(*names, shard=None):
+        of_all = [source for name in names for source in sources(tmp_path / name)]
+        return index_for(of_all, name=None, indexes=indexes, shard=shard, note=notes.append)
+
+    path = sync(tmp_path / "a", place("a"))
+    assert place("b", "a") == path
+    assert notes == ["a follows 1 of these 2 sources, and the others from now on; --name makes another index"]
+    sync(tmp_path / "b", path)
+    assert place("a", "b", "c") == path
+    sync(tmp_path / "c", place("c"))
+    assert place("a", "c") == indexes / "a-2", "two indexes may be meant"
+    assert place("a", "b", shard="1/2") == indexes / "a-shard-1-of-2"
+    both = sync(tmp_path / "c", sync(tmp_path / "a", indexes / "both"))
+    assert place("a", "c", "d") == both
+    assert place("a", "b", "c") == indexes / "a-2"
+
+
 def test_an_index_that_was_only_begun_is_gone_on_with(tmp_path):
     begun = tmp_path / "indexes" / "photos"
     begun.mkdir(parents=True)

@@ -73,17 +73,27 @@ def index_for(
 ) -> Path:
     """Where to index sources: under `name`; else in the index that follows them; else under the first one's name.
 
-    A name that another source's index has gets a number: name-2; one of a shard says which part it is.
+    Sources that no index follows yet join the index of those that one does, if it follows all of these: a pattern
+    matches one more archive, or one more folder is named. A name that another source's index has gets a number: name-2;
+    one of a shard says which part it is.
     Raises UsageError for a name that is no file name, and IndexUnusable where the index of that name cannot be opened:
     it may be the one that is meant.
     """
     if name is not None:
         return indexes / checked_name(name)
     locations = {source.location for source in sources}
+    followed: dict[Path, set[str]] = {}
     for path in list_indexes(indexes, left_out=lambda error: note(f"left out: {error}")):
         with Catalog.open(path) as catalog:
-            if catalog.shard() == shard and locations <= {root.location for root in catalog.roots().values()}:
-                return path
+            if catalog.shard() == shard:
+                followed[path] = locations & {root.location for root in catalog.roots().values()}
+    by_any = set[str]().union(*followed.values())
+    for path, by_this in followed.items():
+        if by_this and by_this == by_any:
+            if by_this != locations:
+                counts = f"{len(by_this)} of these {len(locations)} sources"
+                note(f"{path.name} follows {counts}, and the others from now on; --name makes another index")
+            return path
     base = base_name(sources[0]) + (f"-shard-{shard.replace('/', '-of-')}" if shard else "")
     path, number = indexes / base, 2
     while path.exists() and not _begun(path):
