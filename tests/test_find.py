@@ -60,6 +60,14 @@ def test_the_root_itself_may_be_a_link(tmp_path):
     assert found(tmp_path / "link") == ["a.jpg"]
 
 
+def test_folders_of_models_are_passed_over_unless_one_is_named_itself(tmp_path):
+    made = [f"models/cats/{name}" for name in ("model.json", "weights.safetensors", "curves.png", "training/a.png")]
+    touch(tmp_path, *made, "models/b.jpg", "photos/model.json", "photos/sub/weights.safetensors", "photos/sub/c.jpg")
+    assert found(tmp_path) == ["models/b.jpg", "photos/sub/c.jpg"]
+    assert found(tmp_path / "models") == ["b.jpg"]
+    assert found(tmp_path / "models/cats") == ["curves.png", "training/a.png"]
+
+
 def test_names_that_are_not_utf8_or_hold_newlines_survive(tmp_path):
     raw = os.fsencode(tmp_path) + b"/\xff\xfe.jpg"
     Path(os.fsdecode(raw)).touch()

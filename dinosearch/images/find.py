@@ -11,12 +11,16 @@ from dinosearch.images.names import EXTENSIONS, exclusion_test, hidden_test
 from dinosearch.images.read import file_time
 from dinosearch.images.source import FoundImage, Scan, ScanOptions
 
+_MODEL_FILES = ("model.json", "weights.safetensors")
+"""By which a folder that `train` made is known; its pictures are curves."""
+
 
 def find_images(root: Path, options: ScanOptions | None = None) -> Scan:
     """Walk `root` for files with an image's extension (any case).
 
-    Skips hidden and excluded names, and whatever is not a regular file in the end: a link to a regular file counts as
-    that file, links to folders are not followed. Raises DinosearchError if `root` is no folder or cannot be listed.
+    Skips hidden and excluded names, folders of models below `root`, and whatever is not a regular file in the end: a
+    link to a regular file counts as that file, links to folders are not followed. Raises DinosearchError if `root` is no
+    folder or cannot be listed.
     """
     if not os.path.exists(root):  # noqa: PTH110 - Path's raises where it may not look
         raise DinosearchError(f"no folder {root}. Check the path")
@@ -29,6 +33,7 @@ def find_images(root: Path, options: ScanOptions | None = None) -> Scan:
     folders = [""]
     while folders:
         folder = folders.pop()
+        n_images, n_folders, of_model = len(images), len(folders), 0
         try:
             with os.scandir(root / folder) as entries:
                 for entry in entries:
@@ -45,11 +50,15 @@ def find_images(root: Path, options: ScanOptions | None = None) -> Scan:
                         and (facts := regular_file(entry))
                     ):
                         images.append(FoundImage(path, facts.st_size, file_time(facts)))
+                    else:
+                        of_model += name in _MODEL_FILES
         except OSError as error:
             reason = error.strerror or str(error)
             if not folder:
                 raise DinosearchError(f"{root} cannot be listed ({reason}). Check its permissions") from error
             unreadable.append((folder, reason))
+        if folder and of_model == len(_MODEL_FILES):
+            del images[n_images:], folders[n_folders:]
     return Scan(in_byte_order(images), sorted(unreadable))
 
 
