@@ -684,6 +684,30 @@ def test_an_index_follows_several_roots(shop, tmp_path):
     assert counts(shop.sync(roots=[other])) == {"unchanged": 25, "embedded": 25, "images": 25}
 
 
+def test_a_root_that_moved_as_a_whole_is_moved_files_and_followed_no_more(shop, tmp_path):
+    shop.sync()
+    old, shop.root = shop.root, shop.root.rename(tmp_path / "elsewhere")
+    assert counts(shop.sync()) == {"moved": 20, "images": 20}
+    assert index_info(shop.index).roots == [str(shop.root)]
+    assert shop.notes == [f"{old} is not there, and all of its images are elsewhere: it is followed no more"]
+    assert_as_in_a_calm_run(shop, tmp_path)
+
+
+def test_of_a_root_that_is_not_there_only_what_turned_up_is_moved(shop, tmp_path):
+    shop.sync()
+    old, shop.root = shop.root, tmp_path / "elsewhere"
+    shutil.copytree(old, shop.root)
+    assert counts(shop.sync()) == {"new": 20, "images": 40}, "copies, as long as the first root is there"
+    third = tmp_path / "third"
+    write_images(third, 1, seed=300)
+    shutil.copy2(shop.root / "0007.png", third)
+    shop.root.rename(tmp_path / "unplugged")
+    assert counts(shop.sync(roots=[third])) == {"new": 1, "moved": 1, "embedded": 1, "images": 41}
+    assert shop.notes == [f"{shop.root} is not there: 19 images stay in the index until dinosearch forget {shop.root}"]
+    (tmp_path / "unplugged").rename(shop.root)
+    assert counts(shop.sync(roots=[shop.root])) == {"new": 1, "unchanged": 19, "images": 42}
+
+
 def test_a_root_inside_another_is_refused(shop):
     write_image(shop.root / "sub" / "a.png", 60)
     shop.sync()

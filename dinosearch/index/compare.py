@@ -92,12 +92,20 @@ class Changes:
     """By location of the root: good files that a list or table still names, and that are not there."""
     n_stored: dict[str, int] = field(default_factory=dict)
     """By location of the root: files that the catalog has."""
+    lost: list[StoredFile] = field(default_factory=list)
+    """Files of sources that nobody asked for and that are not there: they may have moved, else they stay."""
     n_out_of_reach: int = 0
     """Files with a vector of another model only, below folders that could not be listed."""
 
+    def add_lost(self, stored: Iterable[StoredFile]) -> None:
+        """Remember those of a lost source's files that have as many bytes as a new one."""
+        if sizes := {wanted.found.size for wanted in self.wanted if wanted.stored is None}:
+            self.lost += [each for each in stored if each.content_hash and each.size in sizes]
+
     def news_like_gone(self) -> list[Wanted]:
-        """New files that may be gone ones under another name: some gone file has as many bytes."""
-        sizes = {stored.size for gone in self.gone.values() for stored in gone if stored.content_hash}
+        """New files that may be gone or lost ones under another name: one of these has as many bytes."""
+        known = itertools.chain(self.lost, *self.gone.values())
+        sizes = {stored.size for stored in known if stored.content_hash}
         return [wanted for wanted in self.wanted if wanted.stored is None and wanted.found.size in sizes]
 
 
@@ -149,14 +157,14 @@ def _needs_no_reading(before: StoredFile, found: FoundImage, keys: DecoderKeys, 
 def match_moves(hashes: Mapping[Wanted, str], changes: Changes) -> dict[Wanted, StoredFile]:
     """Pair new files (and their content's hash) and gone files of equal content, by path; a further copy stays new.
 
-    Takes the pairs out of `changes.gone`, and out of `changes.wanted` the new files.
+    Lost files are taken after gone ones, which would leave the index. Takes the pairs out of `changes.gone`, and out of
+    `changes.wanted` the new files.
     """
     by_content: defaultdict[str, list[StoredFile]] = defaultdict(list)
-    for stored in itertools.chain.from_iterable(changes.gone.values()):
-        if stored.content_hash:
-            by_content[stored.content_hash].append(stored)
-    for candidates in by_content.values():
-        candidates.sort(key=lambda stored: (os.fsencode(stored.path), os.fsencode(stored.member)), reverse=True)
+    for files in (changes.lost, itertools.chain.from_iterable(changes.gone.values())):  # the last are taken first
+        for stored in sorted(files, key=lambda each: (os.fsencode(each.path), os.fsencode(each.member)), reverse=True):
+            if stored.content_hash:
+                by_content[stored.content_hash].append(stored)
     moves = {wanted: by_content[content].pop() for wanted, content in hashes.items() if by_content.get(content)}
     found_again = {stored.id for stored in moves.values()}
     for root, gone in changes.gone.items():

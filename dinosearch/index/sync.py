@@ -161,9 +161,13 @@ def sync_index(
             number = numbers[each.source.location] = _remember(catalog, each, roots.get(each.source.location))
             stored = catalog.stored_files(number, fingerprint=model.fingerprint, keys=keys)
             compare(changes, _view(number, each, verify=verify), stored, keys)
+        lost = [root for location, root in roots.items() if location not in asked and _is_lost(root)]
+        for root in lost:
+            changes.add_lost(catalog.stored_files(root.id, fingerprint=model.fingerprint, keys=keys))
         moves = yield from _match_moves(changes, catalog.meta("content_hash"), limits.workers)
         refuse_mass_deletion(changes, but=given if allow_deletions else ())
         outcomes = _apply(catalog, changes, moves, keys)
+        _say_lost(catalog, lost, note)
         _check_disk(index_path, len(changes.wanted), model.dim)
 
         embedding = Embedding(catalog, model=model, encoder_for=encoder_for, limits=limits)
@@ -272,6 +276,22 @@ def _known_names(catalog: Catalog, root: Root | None) -> list[str]:
     if root is None or root.kind != "files":
         return []
     return [stored.path for stored in catalog.stored_files(root.id, fingerprint=catalog.fingerprint)]
+
+
+def _is_lost(root: Root) -> bool:
+    """Whether a source is not there that holds its images itself, as lists and patterns do not."""
+    return root.kind in ("folder", "files", "archive") and not os.path.exists(root.location)  # noqa: PTH110
+
+
+def _say_lost(catalog: Catalog, lost: Iterable[Root], note: Callable[[str], None]) -> None:
+    """Sources that are not there; one whose images all turned up elsewhere is followed no more."""
+    for root in lost:
+        if n_files := catalog.n_files(root.id):
+            images = "1 image stays" if n_files == 1 else f"{n_files} images stay"
+            note(f"{root.location} is not there: {images} in the index until dinosearch forget {root.location}")
+        else:
+            catalog.remove_root(root.id)
+            note(f"{root.location} is not there, and all of its images are elsewhere: it is followed no more")
 
 
 def _remember(catalog: Catalog, each: Survey, root: Root | None) -> int:
