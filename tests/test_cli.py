@@ -404,6 +404,10 @@ class TestTrain:
         assert (again["model"], again["fingerprint"]) == ("images-2", row["fingerprint"])
         assert json_of("models", cwd=work)[0]["model"] == "images-2", "newest first"
 
+    def test_images_may_be_padded(self, work):
+        (row,) = json_of("train", "images", "--steps", "0", "--fit", "pad", cwd=work)
+        assert json.loads((work / "models" / row["model"] / "model.json").read_text())["fit"] == "pad"
+
     def test_a_taken_name_is_an_error(self, work):
         told = dinosearch("train", "images", "--steps", "0", "--name", "tiny", cwd=work, check=2)
         assert "--overwrite" in one_error(told)

@@ -18,6 +18,7 @@ from dinosearch.errors import DinosearchError, Interrupted, UsageError
 from dinosearch.pretrain.bank import ImageBank, batch_indices
 from dinosearch.pretrain.checkpoint import Checkpoint, last_checkpoint
 from dinosearch.pretrain.course import Evaluate, Progress, TrainReport
+from dinosearch.pretrain.recipe import FITS
 from dinosearch.pretrain.train import TrainConfig, train
 from dinosearch.vit.folder import list_models, open_model
 
@@ -107,6 +108,16 @@ def test_zero_steps_save_the_initial_weights(images: Path, tmp_path: Path) -> No
     assert report.fingerprint != untrained.fingerprint
     assert open_model(tmp_path / "start").trained["method"] == "none"
     assert "untrained" in (tmp_path / "start" / "README.md").read_text()
+
+
+def test_how_images_meet_the_square_is_the_models_own_and_in_its_fingerprint(images: Path, tmp_path: Path) -> None:
+    usual, _ = run(images, tmp_path, steps=0)
+    made = {fit: run(images, tmp_path, name=fit, steps=0, overrides={"fit": fit})[0] for fit in FITS}
+    assert [open_model(tmp_path / fit).fit for fit in FITS] == [*FITS]
+    assert made["crop"].fingerprint == usual.fingerprint
+    assert len({report.fingerprint for report in made.values()}) == 3
+    with pytest.raises(UsageError, match="--fit 'stretch' is none of crop, pad, squash"):
+        run(images, tmp_path, steps=0, overrides={"fit": "stretch"})
 
 
 @pytest.mark.slow

@@ -91,6 +91,13 @@ def test_the_start_decides_architecture_and_preprocessing(images: Path, models: 
     assert (other["lr"], other["layer_decay"], other["freeze_backbone"]) == (0.5, 1.0, 0.1)
 
 
+def test_images_meet_the_square_as_the_start_was_made_for(images: Path, models: Path) -> None:
+    squashed = replace(FACTS, fit="squash")
+    save_model(models / "cats", create_vit(squashed), squashed, trained={"method": "dino"})
+    run(images, models, start="cats", steps=0, name="same")
+    assert open_model(models / "same").fit == "squash"
+
+
 def test_stripes_come_along_as_far_as_they_cut_the_rows(images: Path, models: Path) -> None:
     striped = replace(FACTS, stripes=4)
     save_model(models / "cats", create_vit(striped), striped, trained={"method": "dino"})
@@ -133,9 +140,9 @@ def test_positions_are_resized_to_the_size_that_is_trained(images: Path, models:
         run(images, models, start="cats", steps=0, overrides={"image_size": 18}, name="odd")
 
 
-@pytest.mark.parametrize("name", ["arch", "patch_size", "arch_kwargs"])
+@pytest.mark.parametrize("name", ["arch", "patch_size", "arch_kwargs", "fit"])
 def test_what_the_start_decides_cannot_be_chosen_beside_it(images: Path, models: Path, name: str) -> None:
-    value = {"arch": "vit_tiny_patch16_224", "patch_size": 8, "arch_kwargs": {"depth": 3}}[name]
+    value = {"arch": "vit_tiny_patch16_224", "patch_size": 8, "arch_kwargs": {"depth": 3}, "fit": "pad"}[name]
     with pytest.raises(UsageError, match="comes from the model given by --from"):
         run(images, models, start="cats", steps=1, overrides={name: value})
 

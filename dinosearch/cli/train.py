@@ -43,6 +43,9 @@ def train(
     device: DeviceOption = "auto",
     arch: Annotated[str | None, typer.Option(help="Any vision transformer of timm by name.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the square the model sees, in pixels.")] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="How indexed images meet that square: crop, pad or squash; crop without.")
+    ] = None,
     patch_size: Annotated[int | None, typer.Option(min=1, help="Side of a patch, in pixels.")] = None,
     channels: Annotated[
         int | None, typer.Option(min=1, help="Of multi-channel images: so many bands or pages of a TIFF; 3 is RGB.")
@@ -127,6 +130,7 @@ def train(
         "method": None if method == "auto" else method,
         "arch": arch,
         "image_size": image_size,
+        "fit": fit,
         "patch_size": patch_size,
         "channels": channels,
         "batch_size": batch_size,

@@ -22,6 +22,7 @@ METHODS = ("dino", "dinov2", "distill")
 NORMALISATIONS = ("centering", "sinkhorn")
 OPTIMIZERS = ("adamw", "muon")
 POOLINGS = ("token", "avg")
+FITS = ("crop", "pad", "squash")
 DINOV2_IMAGES, DINOV2_STEPS = 1_000_000, 125_000
 """From so many of both on, dinov2 is chosen: its shortest published run (ViT-L/16, 100 × 1,250 steps on ImageNet).
 With few images plain DINO is far ahead: on 9,500 of them, from scratch, k-NN 83.8 against 43.3 for iBOT's loss
@@ -40,6 +41,9 @@ class Recipe:
     """Side of the global crops, and later of indexed images, in pixels."""
     patch_size: int
     """Side of a patch in pixels."""
+    fit: str = "crop"
+    """How an indexed image meets the square: "crop" (its centre), "pad" (all, with borders) or "squash" (all,
+    distorted). Training does not depend on it."""
     channels: int = 3
     """Of the images: 3 is RGB, others are the bands or pages of multi-channel files."""
     views: ViewSettings = field(default_factory=ViewSettings)
@@ -118,11 +122,12 @@ class Recipe:
     """The same stochastic depth in every block, as DINOv2 has it, instead of a rise from 0."""
 
     def model_facts(self) -> ModelFacts:
-        """What the trained backbone's folder says of it: own models keep the whole short side of an image."""
+        """What the trained backbone's folder says of it: own models keep the whole short side where they crop."""
         return ModelFacts(
             arch=self.arch,
             arch_kwargs=self.arch_kwargs,
             image_size=self.image_size,
+            fit=self.fit,
             mean=self.views.mean,
             std=self.views.std,
             pooling=self.pooling,
@@ -278,6 +283,7 @@ def plan_recipe(
     recipe = _with_the_rest(recipe, choices)
     _check_word("--set teacher_normalisation", recipe.teacher_normalisation, NORMALISATIONS)
     _check_word("--set optimizer", recipe.optimizer, OPTIMIZERS)
+    _check_word("--fit", recipe.fit, FITS)
     if overrides.get("pooling") is not None:  # a start may pool in yet another way
         _check_word("--set pooling", recipe.pooling, POOLINGS)
     if recipe.stripes != 1:

@@ -25,7 +25,7 @@ STARTS_BELOW = 10_000
 """With fewer images released weights are the better start. Public figures: 9,500 images (Imagenette) taught a ViT-S/16
 in 200 epochs to a k-NN accuracy of 0.838 among 10 classes (stable-pretraining's benchmark); DINOv2's released ViT-S/14
 has 0.790 among all 1,000 classes of ImageNet (arXiv 2304.07193, table 4)."""
-DECIDED = ("arch", "arch_kwargs", "patch_size", "mean", "std", "pooling")
+DECIDED = ("arch", "arch_kwargs", "patch_size", "mean", "std", "pooling", "fit")
 """What comes from the start and cannot be chosen beside it."""
 GENTLE = 0.1
 """Of the usual learning rate."""
@@ -114,6 +114,7 @@ def gentle_presets(facts: ModelFacts, *, batch_size: int) -> dict[str, tuple[Any
         "mean": (facts.mean, own),
         "std": (facts.std, own),
         "pooling": (facts.pooling, own),
+        "fit": (facts.fit, own),
         "stripes": (facts.stripes, own),
         "lr": (GENTLE * usual_lr(batch_size), "a tenth of the usual: large steps undo what the start knows"),
         "layer_decay": (0.9, "as in DINOv2: what early layers know is the most general"),
