@@ -67,7 +67,7 @@ def build_index(
     remembered where None.
     shard: "1/4" takes only the first of four parts, for `merge`.
     recall: share of the 10 nearest that a large index must find, 0.5 to 1; 0.95 without.
-    max_memory: bytes, at most so many are used.
+    max_memory: bytes, at most so many are used; a model is converted for the processor, once, in a process beside that.
     verify: read unchanged files too, to find altered ones.
     prune: forget the vectors that no file needs any more.
     progress is called now and then; `index.summary` tells what was done. Images that cannot be read do not raise:

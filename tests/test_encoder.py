@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinosearch.encoder import Encoder, cache, encoder, open_encoder
+from dinosearch.encoder import Encoder, cache, conversion, convertprocess, encoder, open_encoder
 from dinosearch.encoder.openvino_engine import OpenVINOEngine
 from dinosearch.encoder.torch_engine import TorchEngine
 from dinosearch.errors import DinosearchError, ModelMismatch, UsageError
@@ -223,17 +223,52 @@ print([name for name in ("torch", "timm", "openvino_telemetry", "openvino.tools.
     assert not list(tmp_path.iterdir())
 
 
-def test_converting_leaves_the_home_alone_too(writable_model, tmp_path):
+def test_converting_leaves_no_torch_behind_and_the_home_alone_and_makes_the_same_form(
+    writable_model, tiny_model, tmp_path
+):
     home = tmp_path / "home"
     home.mkdir()
     code = f"""
+import sys
 from pathlib import Path
 from dinosearch.encoder import open_encoder
 from dinosearch.vit.folder import open_model
-print(open_encoder(open_model(Path({str(writable_model.path)!r})), device="cpu").dim)
+open_encoder(open_model(Path({str(writable_model.path)!r})), device="cpu")
+print([name for name in ("torch", "timm", "openvino.tools.ovc") if sys.modules.get(name)])
 """
-    assert in_subprocess(code, home=home) == "32\n"
+    assert in_subprocess(code, home=home) == "[]\n"
     assert not [path for path in home.rglob("*") if "intel" in path.name.lower() or "openvino" in path.name.lower()]
+    open_encoder(tiny_model, device="cpu")  # in this process, which has loaded torch
+    name = f"openvino-{tiny_model.fingerprint}/vit.bin"
+    assert (writable_model.cache_path / name).read_bytes() == (tiny_model.cache_path / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "message"),
+    [
+        (conversion.EXPLAINED, b"timm has no architecture 'x'\n", r"^timm has no architecture 'x'$"),
+        (
+            1,
+            b"Traceback\nRuntimeError: no such node\n",
+            r"tiny could not be converted .*\(RuntimeError: no such node\)",
+        ),
+        (-9, b"", r"killed \(SIGKILL\), as systems do that lack memory"),
+    ],
+)
+def test_a_conversion_that_failed_in_its_process_says_why(writable_model, monkeypatch, code, said, message):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code, stderr=said))
+    with pytest.raises(DinosearchError, match=message):
+        conversion._convert_apart(writable_model, writable_model.cache_path)
+
+
+def test_the_process_that_converts_explains_what_it_cannot(writable_model, monkeypatch, capsys):
+    described = writable_model.path / "model.json"
+    described.write_text(described.read_text().replace("vit_tiny_patch16_224", "vit_of_tomorrow"))
+    monkeypatch.setattr(convertprocess.signal, "signal", lambda *_: None)  # that of the tests is to stay interruptible
+    with pytest.raises(SystemExit) as ended:
+        convertprocess.main(str(writable_model.path), str(writable_model.path))
+    assert ended.value.code == conversion.EXPLAINED
+    assert capsys.readouterr().err.startswith("timm has no architecture 'vit_of_tomorrow'")
 
 
 def in_subprocess(code: str, *, home: Path) -> str:

@@ -127,7 +127,7 @@ def test_a_form_that_could_not_be_finished_leaves_nothing(model, monkeypatch):
     before = sorted(model.cache_path.iterdir())
     failing = subprocess.CompletedProcess([], 1, stderr=b"Traceback\nValueError: no such layer\n")
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda _name: object())
-    monkeypatch.setattr(quantization.subprocess, "run", lambda *_args, **_kwargs: failing)
+    monkeypatch.setattr(subprocess, "run", lambda *_args, **_kwargs: failing)
     notes = []
     found = open_encoder(model, device="cpu", precision="int8", sample=squares, note=notes.append)
     assert "int8" not in found.engine

@@ -2,18 +2,28 @@
 
 The form takes uint8 [n, S, S, channels] for any n and gives float32 [n, dim], not of unit length; it normalises.
 Its weights are stored in half precision, which moves vectors by less than bf16 does.
+
+It is made in a process of its own (`convertprocess`): torch and timm take more memory than all else that `index` and
+`query` do, and would keep it. Where torch is loaded anyway it is made here, which saves the second import.
 """
 
+import signal
+import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dinosearch.encoder.cache import keep_form, kept_form
+from dinosearch.errors import DinosearchError
 from dinosearch.vit.folder import ModelFolder, Note
 
 if TYPE_CHECKING:
     import openvino
+
+EXPLAINED = 70
+"""Exit code of a process whose last line is a DinosearchError's message."""
 
 
 def import_openvino() -> Any:
@@ -38,17 +48,46 @@ def import_openvino() -> Any:
 def converted_path(model: ModelFolder, *, note: Note) -> Path:
     """The folder of the converted form (`vit.xml`, `vit.bin`), made if need be.
 
-    Raises ModelMismatch if the weights are not the model's.
+    Raises ModelMismatch if the weights are not the model's, DinosearchError if it cannot be made.
     """
     if path := kept_form(model, "openvino"):
         return path
     model.verify()
     note(f"converting {model.name} for this processor, once (imports torch, takes some seconds)")
-
-    def write(path: Path) -> None:
-        import_openvino().save_model(_graph(model), str(path / "vit.xml"), compress_to_fp16=True)
-
+    write = partial(convert if "torch" in sys.modules else _convert_apart, model)
     return keep_form(model, "openvino", write, note=note)
+
+
+def convert(model: ModelFolder, path: Path) -> None:
+    """Write the converted form into a folder. Imports torch."""
+    import_openvino().save_model(_graph(model), str(path / "vit.xml"), compress_to_fp16=True)
+
+
+def run_apart(module: str, *arguments: str) -> tuple[int, str]:
+    """Run `main` of a module beside this one in a process of its own: its exit code, and what it said last."""
+    # -P: the current folder may hold a numpy.py, which must not be imported.
+    package = Path(__file__).parent.parent.parent
+    code = f"import sys; sys.path.insert(0, {str(package)!r})\nfrom dinosearch.encoder import {module}"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", f"{code}\n{module}.main(*sys.argv[1:])", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    if done.returncode == -getattr(signal, "SIGKILL", 9):
+        return done.returncode, "it was killed (SIGKILL), as systems do that lack memory"
+    said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+    return done.returncode, said[-1]
+
+
+def _convert_apart(model: ModelFolder, path: Path) -> None:
+    code, said = run_apart("convertprocess", str(model.path), str(path))
+    if code == EXPLAINED:
+        raise DinosearchError(said)
+    if code:
+        raise DinosearchError(
+            f"{model.name} could not be converted for this processor ({said[:200]}). Is memory or disk short?"
+        )
 
 
 def _graph(model: ModelFolder) -> "openvino.Model":

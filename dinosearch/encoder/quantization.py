@@ -10,8 +10,6 @@ of memory for a ViT-S/16.
 
 import importlib.util
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dinosearch.encoder.cache import discard, keep_form, kept_form
-from dinosearch.encoder.conversion import converted_path
+from dinosearch.encoder.conversion import converted_path, run_apart
 from dinosearch.encoder.openvino_engine import OpenVINOEngine
 from dinosearch.errors import DinosearchError
 from dinosearch.vit.folder import ModelFolder, Note
@@ -119,21 +117,12 @@ def _make(model: ModelFolder, sample: Sample | None, note: Note) -> Path:
 
 
 def _quantize(form: Path, squares: np.ndarray, into: Path) -> None:
-    # -P: the current folder may hold a numpy.py, which must not be imported.
-    package = Path(__file__).parent.parent.parent
-    code = f"import sys; sys.path.insert(0, {str(package)!r})\nfrom dinosearch.encoder import quantizeprocess"
     with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "squares.npy", squares)
-        command = [sys.executable, "-P", "-c", f"{code}\nquantizeprocess.main(*sys.argv[1:])"]
-        done = subprocess.run(
-            [*command, str(form), str(Path(folder) / "squares.npy"), str(into)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-        raise _NoForm(f"nncf could not make an int8 form ({said[-1][:200]})")
+        squares_path = Path(folder) / "squares.npy"
+        np.save(squares_path, squares)
+        code, said = run_apart("quantizeprocess", str(form), str(squares_path), str(into))
+    if code:
+        raise _NoForm(f"nncf could not make an int8 form ({said[:200]})")
 
 
 def _vectors(engine: OpenVINOEngine, squares: np.ndarray) -> np.ndarray:
