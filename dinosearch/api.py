@@ -199,7 +199,8 @@ class Index:
         """The index's vectors [n, dim], read-only and straight from its files: nothing is copied or read in advance.
 
         float32 of unit length, or float16 where the index is so large that exact vectors lie in a file of their own.
-        `files()` says which row is whose. Only where a run of `index` was cut short are newer vectors copied behind.
+        `files()` says which row is whose. Newer ones may lie beside the files, up to 2 % above 50,000, below that only
+        those of a run that was cut short: then all are copied, as float32 of unit length.
         """
         return self._opened.matrix()
 

@@ -157,6 +157,15 @@ def test_a_large_index_is_written_anew_only_when_enough_has_changed(tmp_path, mo
         assert wanted_generation(catalog, "another") == "another model"
 
 
+def test_an_index_of_some_ten_thousand_has_all_its_vectors_in_its_file(tmp_path):
+    with catalog_of(tmp_path, unit_vectors(25_000, 4)) as catalog:
+        catalog.put_generation(write_generation(catalog, fingerprint=MODEL, dim=4))
+        catalog.commit()
+        assert wanted_generation(catalog, MODEL) is None
+        add(catalog, unit_vectors(1, 4, seed=1), start=25_000)
+        assert wanted_generation(catalog, MODEL) == "1 newer vectors, 0 pruned"
+
+
 def test_a_file_that_cannot_be_written_leaves_an_index_that_answers(shop, monkeypatch):
     def full(*_):
         raise RuntimeError("write error in vectors-2.faiss: 10 != 20 (No space left on device)")

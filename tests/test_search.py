@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from indexing import Workshop, a_model, write_image, write_images
+from stores import MODEL, add, all_vectors, catalog_of, clustered
 
 from dinosearch.errors import IndexNotFound, IndexUnusable, ModelMismatch
 from dinosearch.index.contents import read_vectors
+from dinosearch.index.generation import write_generation
 from dinosearch.query.search import open_index, query_images
 
 
@@ -177,3 +179,15 @@ def test_an_open_index_whose_model_was_changed_says_so(shop):
 def test_no_index_is_said_with_what_to_do(tmp_path):
     with pytest.raises(IndexNotFound, match="dinosearch index"):
         open_index(tmp_path / "nothing")
+
+
+def test_vectors_are_handed_out_of_unit_length_where_newer_ones_lie_beside_a_tuned_file(tmp_path):
+    with catalog_of(tmp_path, clustered(1500, 64)) as catalog:
+        catalog.put_generation(write_generation(catalog, fingerprint=MODEL, dim=64, exact_below=100))
+        catalog.commit()
+        add(catalog, clustered(20, 64, seed=9), start=1500)
+        _, expected = all_vectors(catalog)
+    with open_index(tmp_path) as index:
+        vectors = index.matrix()
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors, expected)

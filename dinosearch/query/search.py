@@ -24,6 +24,7 @@ from dinosearch.images.sources import read_image
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.conditions import Condition, check_columns
 from dinosearch.index.contents import IndexedFile, as_path, indexed_file
+from dinosearch.index.reader import norms
 from dinosearch.index.rows import LiveFile
 from dinosearch.index.sources import FollowedSources
 from dinosearch.index.vectors import Candidates, Vectors, open_vectors
@@ -136,12 +137,18 @@ class OpenIndex:
         return answers
 
     def matrix(self) -> np.ndarray:
-        """All vectors [n, dim], mapped from the index's files where nothing newer has to be put behind them."""
+        """All vectors [n, dim], mapped from the index's files where nothing newer has to be put behind them.
+
+        Then float16, which lies beside a tuned type, is only nearly of unit length; all else is float32 and is.
+        """
         self._refresh()
         parts = [vectors for _, vectors in self._vectors.parts()]
         if not parts:
             return np.empty((0, self.dim), np.float32)
         matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if matrix.dtype != parts[0].dtype:  # stored float16 beside newer float32: in place, since they may be many
+            stored = matrix[: len(parts[0])]
+            stored /= norms(stored)[:, None]
         matrix.flags.writeable = False
         return matrix
 
