@@ -6,12 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from indexing import Workshop, a_model, write_images
 
+from dinosearch.encoder import cache, open_encoder
 from dinosearch.errors import DinosearchError, IndexUnusable
 from dinosearch.images.sources import open_sources
 from dinosearch.index.contents import failures, index_info, read_vectors
@@ -85,6 +88,22 @@ def test_a_full_disk_stops_forget_and_merge_likewise(shop, small_disk, kilobytes
     (small_disk / "filler").unlink()
     shop.sync()
     assert answers(shop.index) in (339, 340)
+
+
+def test_a_model_on_a_full_disk_is_converted_elsewhere(tiny_model, small_disk, tmp_path, monkeypatch):
+    shutil.copytree(tiny_model.path, small_disk / "tiny", ignore=shutil.ignore_patterns("cache"))
+    model, pixels = replace(tiny_model, path=small_disk / "tiny"), np.full((2, 32, 32, 3), 99, np.uint8)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    fill(small_disk, but=40 << 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_has_room", lambda *_: True)  # as if it had run full since it was asked
+        said = line_of(lambda: open_encoder(model, device="cpu"))
+    assert "cannot be written" in said
+    assert "\n" not in said
+    assert not list(model.cache_path.iterdir())
+    found = open_encoder(model, device="cpu").encode(pixels)
+    assert np.array_equal(found, open_encoder(tiny_model, device="cpu").encode(pixels))
+    assert not list(model.cache_path.iterdir())
 
 
 def line_of(use):

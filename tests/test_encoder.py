@@ -300,6 +300,39 @@ def test_a_models_folder_that_cannot_be_written_uses_the_temporary_one(writable_
     assert (first == again).all()
 
 
+def full(monkeypatch, *folders: Path) -> None:
+    """Let disks look full where these folders lie."""
+    usage = shutil.disk_usage
+
+    def usage_of(path: Path):
+        return usage(path)._replace(free=0) if any(Path(path).is_relative_to(each) for each in folders) else usage(path)
+
+    monkeypatch.setattr(cache.shutil, "disk_usage", usage_of)
+
+
+def test_a_form_that_the_models_disk_has_no_room_for_is_kept_in_the_temporary_folder(
+    writable_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
+    (tmp_path / "t").mkdir()
+    full(monkeypatch, writable_model.path)
+    notes = []
+    first = open_encoder(writable_model, device="cpu", note=notes.append).encode(squares(3))
+    assert "cannot be written (No space left on device)" in notes[1]
+    assert not list(writable_model.cache_path.iterdir())
+    again = open_encoder(writable_model, device="cpu", note=notes.append).encode(squares(3))
+    assert len(notes) == 2
+    assert (first == again).all()
+
+
+def test_a_form_that_can_be_kept_nowhere_is_one_line(writable_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    full(monkeypatch, tmp_path)
+    with pytest.raises(DinosearchError, match=r"neither in .*\(No space left .* nor .*Free some space") as caught:
+        open_encoder(writable_model, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_temporary_folder_of_another_user_is_not_trusted(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "elsewhere").mkdir()

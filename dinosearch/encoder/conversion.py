@@ -59,8 +59,12 @@ def converted_path(model: ModelFolder, *, note: Note) -> Path:
 
 
 def convert(model: ModelFolder, path: Path) -> None:
-    """Write the converted form into a folder. Imports torch."""
-    import_openvino().save_model(_graph(model), str(path / "vit.xml"), compress_to_fp16=True)
+    """Write the converted form into a folder. Imports torch. Raises DinosearchError if it cannot be written."""
+    graph = _graph(model)
+    try:
+        import_openvino().save_model(graph, str(path / "vit.xml"), compress_to_fp16=True)
+    except RuntimeError as error:  # all of OpenVINO's: the disk has run full meanwhile
+        raise DinosearchError(f"{path} cannot be written ({last_line(error)}). Free some space") from error
 
 
 def run_apart(module: str, *arguments: str) -> tuple[int, str]:
@@ -78,6 +82,11 @@ def run_apart(module: str, *arguments: str) -> tuple[int, str]:
         return done.returncode, "it was killed (SIGKILL), as systems do that lack memory"
     said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
     return done.returncode, said[-1]
+
+
+def last_line(error: BaseException) -> str:
+    """What an error of OpenVINO's says in the end, after the places in its source."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:150]
 
 
 def _convert_apart(model: ModelFolder, path: Path) -> None:

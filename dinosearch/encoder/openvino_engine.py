@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dinosearch.encoder.cache import discard
-from dinosearch.encoder.conversion import converted_path, import_openvino
+from dinosearch.encoder.conversion import converted_path, import_openvino, last_line
 from dinosearch.errors import DinosearchError
 from dinosearch.images import n_cores
 from dinosearch.vit.folder import ModelFolder, Note
@@ -61,15 +61,13 @@ class OpenVINOEngine:
         try:
             self._compiled = _compile(core, path, settings)
         except RuntimeError as error:  # all of OpenVINO's
-            note(f"the converted form of {model.name} is damaged ({_last_line(error)}); making it again")
+            note(f"the converted form of {model.name} is damaged ({last_line(error)}); making it again")
             discard(path)
             path = form()
             try:
                 self._compiled = _compile(core, path, settings)
             except RuntimeError as still:
-                raise DinosearchError(
-                    f"OpenVINO cannot run {path} ({_last_line(still)}). Delete that folder"
-                ) from still
+                raise DinosearchError(f"OpenVINO cannot run {path} ({last_line(still)}). Delete that folder") from still
         self._idle: list[Any] = []
         n_streams = self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self.in_flight = 1 if few else n_streams + 1
@@ -109,7 +107,3 @@ def _compile(core: Any, path: Path, settings: dict[str, Any]) -> Any:
         with contextlib.suppress(OSError):  # another process may be reading it, which some systems mind
             blob.unlink()
     return compiled
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:150]
