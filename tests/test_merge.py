@@ -1,11 +1,15 @@
+import json
 import os
 import shutil
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pytest
 from indexing import Workshop, a_model, never, write_images
 
+import dinosearch
+from dinosearch.cli import app
 from dinosearch.errors import IndexUnusable, UsageError
 from dinosearch.index.contents import failures, read_vectors
 from dinosearch.index.forget import forget
@@ -155,3 +159,25 @@ def test_what_was_forgotten_in_one_shard_stays_out_of_the_whole(shop, tmp_path):
 def test_a_shard_is_one_of_n(text):
     with pytest.raises(UsageError, match="is no part"):
         Shard.parse(text)
+
+
+def test_merged_shards_are_queried_as_the_index_of_one_run(tmp_path, tiny_model, jpeg_folder, monkeypatch, capsys):
+    """To the last digit, by a real model: a vector is the same bits in batches of 24, 12 or 1."""
+    monkeypatch.chdir(tmp_path)
+    for variable in ("DINOSEARCH_MODELS", "DINOSEARCH_INDEXES"):
+        monkeypatch.delenv(variable, raising=False)
+    shutil.copytree(tiny_model.path, "models/tiny")
+    shutil.copytree(jpeg_folder, "catalog")
+    whole = dinosearch.build_index("catalog", name="whole", device="cpu")
+    parts = [dinosearch.build_index("catalog", shard=f"{part}/2", device="cpu") for part in (1, 2)]
+    assert min(map(len, parts)) > 5
+    merge([part.path for part in parts], tmp_path / "indexes" / "merged")
+    images = sorted(map(str, Path("catalog").rglob("*.jpg")))
+    printed = []
+    for name in (whole.name, "merged"):
+        app(["query", *images, "--index", name, "--top", "24", "--device", "cpu", "--json"], standalone_mode=False)
+        printed.append(capsys.readouterr().out)
+    answers = [json.loads(line) for line in printed[0].splitlines()]
+    assert [answer["matches"][0]["path"] for answer in answers] == images
+    assert {len(answer["matches"]) for answer in answers} == {24}
+    assert printed[0] == printed[1]
