@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from indexing import Workshop, a_model, write_image, write_images
 
+from dinosearch.cli import forget as command
 from dinosearch.errors import DinosearchError
 from dinosearch.images.sources import open_sources
 from dinosearch.index import forget as forget_module
@@ -209,3 +210,13 @@ def test_an_erasure_that_a_reader_or_a_kill_held_up_is_finished_by_the_next_sync
     assert "another program reads the index" in shop.notes[-1]
     shop.sync()
     assert traces(shop, vector, as_float32(vector), b"private/0000") == []
+
+
+def test_of_a_file_that_is_still_there_only_its_name_is_kept_and_the_help_says_so(shop):
+    path = write_image(shop.root / "a-name-like-no-other.png", 77)
+    shop.sync()
+    vector = stored_vector(shop, path.name)
+    forget(shop.index, [str(path)])
+    assert traces(shop, vector, as_float32(vector)) == []
+    assert traces(shop, b"a-name-like-no-other") == ["catalog.sqlite"]
+    assert "the names are kept" in " ".join((command.forget.__doc__ or "").split())

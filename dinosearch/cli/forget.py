@@ -19,7 +19,8 @@ def forget(
     max_memory: MemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Erase images from an index, with every trace of them; the files themselves stay.
+    """Erase images from an index; their files stay. Of those still in their source the names are kept, so that no later
+    run of index takes them in again.
 
     Example: dinosearch forget ./catalog/private
     """
