@@ -9,15 +9,16 @@ same recall: the least ef of a graph that reaches --recall on half of the querie
 to, with a margin for other queries. Recall is counted on the other half. Single queries go one by one, on one thread
 and on all; batched ones all at once. Memory is what the process has for itself (RssAnon) beyond what it had before it
 opened the index; pages of mapped files, which the system may take back, are not in it. `exact` and `flat` are timed on
-fewer queries.
+fewer queries. Of hnswlib and usearch, what is not installed is left out.
 """
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from dinosearch.index.reader import unit
 from dinosearch.index.vectors import Vectors
 
 SYSTEMS = ("exact", "chosen", "flat", "faiss-hnsw", "hnswlib", "usearch")
+PACKAGES = ("hnswlib", "usearch")  # systems that dinosearch does not install
 K = 10
 EFS = (*range(10, 32), 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 FEW = 50  # single queries of systems that look at every vector
@@ -59,6 +61,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measured(options.one, data, options)))
         return
+    options.systems = installed(options.systems)
     for name in options.systems:
         if not record_path(options.cache, name).exists():
             print(f"building {name}", file=sys.stderr, flush=True)
@@ -76,6 +79,16 @@ def main() -> None:
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in rows:
         print("| " + " | ".join(str(row[column]) for column in columns) + " |")
+
+
+def installed(systems: Sequence[str]) -> list[str]:
+    """Those that can be imported; the others are told before anything is built."""
+    missing = [name for name in systems if name in PACKAGES and importlib.util.find_spec(name) is None]
+    for name in missing:
+        print(f"{name} is left out: pip install {name}", file=sys.stderr)
+    if len(missing) == len(systems):
+        raise SystemExit("nothing is left to compare")
+    return [name for name in systems if name not in missing]
 
 
 class Data:

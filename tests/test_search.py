@@ -1,5 +1,7 @@
+import importlib.util
 import os
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -191,3 +193,19 @@ def test_vectors_are_handed_out_of_unit_length_where_newer_ones_lie_beside_a_tun
         vectors = index.matrix()
     assert vectors.dtype == np.float32
     assert np.array_equal(vectors, expected)
+
+
+def test_the_benchmark_leaves_out_what_is_not_installed(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("benchmark", Path(__file__).parent.parent / "benchmarks/search.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    np.save(tmp_path / "vectors.npy", clustered(120, 8).astype(np.float16))
+    options = f"--cache {tmp_path / 'built'} --n 100 --queries 20 --build --systems".split()
+    monkeypatch.setitem(sys.modules, "hnswlib", None)  # as if it were not there
+    monkeypatch.setattr(sys, "argv", ["search.py", str(tmp_path / "vectors.npy"), *options, "flat", "hnswlib"])
+    benchmark.main()
+    assert "hnswlib is left out: pip install hnswlib" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "built").glob("*.built.json")] == ["flat.built.json"]
+    monkeypatch.setattr(sys, "argv", ["search.py", str(tmp_path / "vectors.npy"), *options, "hnswlib"])
+    with pytest.raises(SystemExit, match="nothing is left"):
+        benchmark.main()
