@@ -13,6 +13,7 @@ from indexing import Workshop, a_model, write_images
 
 from dinosearch.errors import IndexNotFound, IndexUnusable, UsageError
 from dinosearch.images.sources import known_source
+from dinosearch.index.catalog import Catalog
 from dinosearch.index.locate import index_for, indexes_path, list_indexes, resolve_index
 
 
@@ -102,19 +103,26 @@ def test_another_folder_of_the_same_name_gets_a_number(tmp_path):
 def test_sources_that_are_new_join_the_index_of_the_others(tmp_path):
     indexes, notes = tmp_path / "indexes", []
 
+    def follow(index, *names):
+        index.mkdir(parents=True, exist_ok=True)
+        with Catalog.create(index, fingerprint="0", model="m", dim=1) as catalog:
+            for name in names:
+                catalog.add_root("folder", str(tmp_path / name))
+            catalog.commit()
+        return index
+
     def place(*names, shard=None):
         of_all = [source for name in names for source in sources(tmp_path / name)]
         return index_for(of_all, name=None, indexes=indexes, shard=shard, note=notes.append)
 
-    path = sync(tmp_path / "a", place("a"))
-    assert place("b", "a") == path
-    assert notes == ["a follows 1 of these 2 sources, and the others from now on; --name makes another index"]
-    sync(tmp_path / "b", path)
-    assert place("a", "b", "c") == path
-    sync(tmp_path / "c", place("c"))
-    assert place("a", "c") == indexes / "a-2", "two indexes may be meant"
+    path = follow(place("a"), "a", "b")
+    assert place("c", "a", "b") == path
+    assert notes == ["a follows 2 of these 3 sources, and the others from now on; --name makes another index"]
+    assert place("a", "c") == path
     assert place("a", "b", shard="1/2") == indexes / "a-shard-1-of-2"
-    both = sync(tmp_path / "c", sync(tmp_path / "a", indexes / "both"))
+    follow(place("c"), "c")
+    assert place("a", "c") == indexes / "a-2", "two indexes may be meant"
+    both = follow(indexes / "both", "a", "c")
     assert place("a", "c", "d") == both
     assert place("a", "b", "c") == indexes / "a-2"
 

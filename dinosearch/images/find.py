@@ -19,8 +19,8 @@ def find_images(root: Path, options: ScanOptions | None = None) -> Scan:
     """Walk `root` for files with an image's extension (any case).
 
     Skips hidden and excluded names, folders of models below `root`, and whatever is not a regular file in the end: a
-    link to a regular file counts as that file, links to folders are not followed. Raises DinosearchError if `root` is no
-    folder or cannot be listed.
+    link to a regular file counts as that file, links to folders are not followed. Raises DinosearchError if `root` is
+    no folder or cannot be listed.
     """
     if not os.path.exists(root):  # noqa: PTH110 - Path's raises where it may not look
         raise DinosearchError(f"no folder {root}. Check the path")
