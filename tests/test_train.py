@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dinosearch.pretrain.plan as plan_module
+import dinosearch.pretrain.recipe as recipe_module
 from dinosearch.errors import DinosearchError, Interrupted, UsageError
 from dinosearch.pretrain.bank import ImageBank, batch_indices
 from dinosearch.pretrain.checkpoint import Checkpoint, last_checkpoint
@@ -358,6 +359,23 @@ def test_a_short_time_budget_quickens_the_teacher(images: Path, tmp_path: Path) 
     assert "half-life is 69" not in trained["reasons"]["teacher momentum"]
     asked, _ = run(images, tmp_path, minutes=0.05, overrides={"teacher_momentum": 0.95})
     assert open_model(Path(asked.model)).trained["recipe"]["teacher_momentum"] == 0.95
+
+
+def test_a_forecast_from_a_busy_moment_is_put_right(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adapt(self: plan_module.Plan, step: int, *, seconds_per_step: float) -> None:  # noqa: ARG001 - the clock is not asked
+        self.total_steps = 30 if step else 20
+
+    monkeypatch.setattr(plan_module.Plan, "adapt", adapt)
+    monkeypatch.setattr(recipe_module, "HALF_LIFE", 0.5)
+    said: list[str] = []
+    report, _ = run(images, tmp_path, minutes=1, note=said.append)
+    trained = open_model(Path(report.model)).trained
+    assert any("teacher momentum 0.9307 in so short a run" in line for line in said)
+    assert said.count("teacher momentum 0.9538: the teacher's half-life is 15 of 30 steps") == 1
+    assert (report.steps, trained["recipe"]["teacher_momentum"]) == (30, 0.9538)
+    assert "of 30 steps" in trained["reasons"]["teacher momentum"]
 
 
 def test_names_are_numbered_and_never_taken(images: Path, tmp_path: Path) -> None:

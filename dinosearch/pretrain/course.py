@@ -7,7 +7,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.logs import Log
 from dinosearch.pretrain.plan import Plan
 from dinosearch.pretrain.quality import Best, Look, Quality, measure_quality, sample_rows
+from dinosearch.pretrain.recipe import momentum_for
 from dinosearch.pretrain.run import Run
 from dinosearch.pretrain.warmstart import improved
 from dinosearch.vit.folder import ModelFacts, ModelFolder, Note, first_line, save_model
 
 UNTIMED_STEPS = 3
 """Allocation and compilation make the first steps slow; rates are taken from the end of the third."""
+REPLAN_AT = 10
+"""The first step after which what depends on a time budget's steps is planned anew; later at every look."""
 RECENT_STEPS = 100
 """Over so many steps the speed is taken that plans the rest of a time budget."""
 LOOK_EVERY = 50
@@ -114,11 +117,12 @@ class Course:
         logs: Sequence[Log] = (),
         evaluate: Evaluate | None = None,
         select: str = "quality",
+        momentum_by_length: bool = False,
     ) -> None:
         """kept: what every checkpoint says beside its state. trained: what model.json says beside the outcome.
 
         checkpoint: what to go on from. evaluate: accuracy by labels. select: "quality" or "labels", what chooses the
-        weights that are exported.
+        weights that are exported. momentum_by_length: of the teacher, it follows the steps that a time budget allows.
         """
         self.run = run
         self.bank = bank
@@ -135,6 +139,7 @@ class Course:
         self.knn_top1: float | None = None
         self.evaluate = evaluate
         self.select = select
+        self._planned_momentum = run.recipe.teacher_momentum if momentum_by_length else None
         self._measured: Look | None = None
         self._waited = 0.0  # seconds in which steps waited for images, since rates are taken
         self._looked_loss: float | None = None  # what a GPU need not be waited for
@@ -193,6 +198,8 @@ class Course:
             self.plan.total_steps, save, stopped = team.follow(
                 self.plan.total_steps, now - saved_at > checkpoint_every, stop()
             )
+            if step % LOOK_EVERY == 0 or step == REPLAN_AT:
+                self._replan()
             last = step >= self.plan.total_steps
             if step % LOOK_EVERY == 0 or last or n_made == 1:
                 loss = self._looked_loss = self.mean_loss()
@@ -213,6 +220,21 @@ class Course:
         finished = step >= self.plan.total_steps
         data_wait = self._waited * rate / batch / (n_made - UNTIMED_STEPS) if rate else None
         yield self._end(step, rate=rate, data_wait=data_wait, stopped=not finished)
+
+    def _replan(self) -> None:
+        """The speed measured says more of a time budget's steps than the forecast: a machine may have been busy then.
+
+        What an alarm has changed stays.
+        """
+        recipe, before = self.run.recipe, self._planned_momentum
+        momentum, why = momentum_for(self.plan.total_steps)
+        if before is None or recipe.teacher_momentum != before or momentum == before:
+            return
+        if abs(momentum - before) > 0.1 * (1 - before):
+            self.note(f"teacher momentum {momentum:.4g}: {why}")
+        self._planned_momentum = momentum
+        self.run.adopt(replace(recipe, teacher_momentum=momentum))
+        self.trained = {**self.trained, "reasons": {**self.trained.get("reasons", {}), "teacher momentum": why}}
 
     def mean_loss(self) -> float | None:
         """Over the last steps; None before the first, and when it is no number."""

@@ -290,8 +290,12 @@ def _train(
         plan.adapt(first_step, seconds_per_step=foreseen.seconds_per_step)
         [plan.total_steps] = team.follow(plan.total_steps)  # what depends on it has to be the same in all processes
         note(foreseen.told(n_steps=plan.total_steps - first_step, device=device))
-        if kept is None and plan.deadline is not None:
-            beginning = _for_length(beginning, plan.total_steps, config, note=note)
+        if kept is None:
+            by_length = plan.deadline is not None and _momentum_by_length(beginning, config)
+        else:
+            by_length = kept.get("momentum_by_length", False)
+        if kept is None and by_length:
+            beginning = _for_length(beginning, plan.total_steps, note=note)
             recipe = beginning.recipe
             run.adopt(recipe)
             trained |= {"reasons": beginning.why}
@@ -321,6 +325,7 @@ def _train(
                 "asked": _asked(config) if kept is None else kept["asked"],
                 "logs": logs,
                 "select": select,
+                "momentum_by_length": by_length,
                 "labelled": evaluate is not None,
                 "labels": _labels_place(config.labels) if config.labels else (kept or {}).get("labels"),
                 **beginning.origins,
@@ -330,6 +335,7 @@ def _train(
             checkpoint=checkpoint,
             evaluate=evaluate,
             select=select,
+            momentum_by_length=by_length,
             logs=open_logs(
                 logs if team.leads else (),
                 folder / "training",
@@ -391,11 +397,15 @@ def _smaller(beginning: _Beginning, n_images: int, config: TrainConfig, *, team:
     )
 
 
-def _for_length(beginning: _Beginning, steps: int, config: TrainConfig, *, note: Note) -> _Beginning:
-    """What depends on the number of steps, once a time budget's is known."""
+def _momentum_by_length(beginning: _Beginning, config: TrainConfig) -> bool:
+    """The teacher's momentum is ours to choose, by the number of steps."""
+    asked = config.overrides.get("teacher_momentum") is not None
+    return not (beginning.start or beginning.recipe.method == "dinov2" or asked)
+
+
+def _for_length(beginning: _Beginning, steps: int, *, note: Note) -> _Beginning:
+    """What depends on the number of steps, once a time budget's is foreseen."""
     recipe = beginning.recipe
-    if beginning.start or recipe.method == "dinov2" or config.overrides.get("teacher_momentum") is not None:
-        return beginning
     momentum, why = momentum_for(steps)
     if momentum == recipe.teacher_momentum:
         return beginning
