@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from dinosearch.errors import DinosearchError, IndexUnusable
 from dinosearch.images.read import file_time, trusted_time
+from dinosearch.images.source import UNTRUSTED_TIME
 
 _BUSY_SECONDS = 30
 _LEAST_FREE = 1 << 20  # bytes; with less, SQLite fails to grow the files beside the database, and says only "I/O error"
@@ -25,8 +26,8 @@ Stamp: TypeAlias = tuple[tuple[int, int, int], tuple[int, int, int]]
 class ImmutableConnection(sqlite3.Connection):
     """To a database that SQLite takes to never change: it locks nothing, and does not see what others commit."""
 
-    stamp: Stamp
-    """From before the files were opened."""
+    stamp: Stamp | None
+    """From before the files were opened; None if a commit so soon after another may leave it the same."""
 
 
 def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
@@ -38,23 +39,23 @@ def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     address = path.resolve().as_uri()
     if writable:
         return _opened(f"{address}?mode=rw")
-    stamp = stamp_of(path)
+    now, stamp = time.time_ns(), stamp_of(path)
     _, (_, n_log_bytes, _) = stamp
     if n_log_bytes == 0 and not os.access(path.parent, os.W_OK):
-        return _opened_immutable(address, stamp)
+        return _opened_immutable(address, stamp, now)
     connection = _opened(f"{address}?mode=ro")
     try:
         connection.execute("PRAGMA schema_version")
     except sqlite3.OperationalError:
         connection.close()
         if n_log_bytes == 0 and _is_full(path):
-            return _opened_immutable(address, stamp)
+            return _opened_immutable(address, stamp, now)
         raise
     return connection
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Changes when somebody commits; soon after that, once more, since clocks tick slowly."""
+    """Of the files as they are now."""
     return _facts(path), _facts(path.with_name(f"{path.name}-wal"))
 
 
@@ -63,20 +64,24 @@ def _facts(path: Path) -> tuple[int, int, int]:
         facts = path.stat()
     except FileNotFoundError:
         return 0, 0, 0
-    return facts.st_ino, facts.st_size, trusted_time(file_time(facts), now=time.time_ns())
+    return facts.st_ino, facts.st_size, file_time(facts)
 
 
-def _opened_immutable(address: str, stamp: Stamp) -> ImmutableConnection:
-    connection = _opened(f"{address}?immutable=1", ImmutableConnection)
-    assert isinstance(connection, ImmutableConnection)
-    connection.stamp = stamp
+def _opened_immutable(address: str, stamp: Stamp, now: int) -> ImmutableConnection:
+    connection = sqlite3.connect(
+        f"{address}?immutable=1",
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=ImmutableConnection,
+    )
+    trusted = all(trusted_time(mtime_ns, now=now) != UNTRUSTED_TIME for _, _, mtime_ns in stamp)
+    connection.stamp = stamp if trusted else None
     return connection
 
 
-def _opened(address: str, factory: type[sqlite3.Connection] = sqlite3.Connection) -> sqlite3.Connection:
-    return sqlite3.connect(
-        address, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS, factory=factory
-    )
+def _opened(address: str) -> sqlite3.Connection:
+    return sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
 
 
 def _is_full(path: Path) -> bool:
