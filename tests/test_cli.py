@@ -463,7 +463,7 @@ def one_error(done):
 
 
 def wait_for(path, process):
-    while not path.exists():
+    while not path.exists() or not path.stat().st_size:  # it is made before the first step
         assert process.poll() is None, "ended too early"
         time.sleep(0.05)
 

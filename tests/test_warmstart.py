@@ -291,7 +291,7 @@ def test_labels_that_choose_judge_the_start_too(
 
 
 def test_a_release_is_read_at_the_size_that_is_trained(tmp_path: Path) -> None:
-    facts = replace(FACTS, arch_kwargs=FACTS.arch_kwargs | {"img_size": 264}, image_size=264)
+    facts = ModelFacts(arch=FACTS.arch, arch_kwargs=FACTS.arch_kwargs | {"img_size": 264}, image_size=264)
     vit = create_vit(facts)
     torch.save({"teacher": vit.state_dict()}, tmp_path / "dino.pth")
     start = warmstart.choose_start(
