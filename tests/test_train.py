@@ -261,7 +261,6 @@ def test_a_small_folder_with_a_bad_file_is_trained_on_without_it(images: Path, t
     assert (report.images, report.steps, batch_size) == (20, 3, 20)
     card = (tmp_path / "a" / "README.md").read_text()
     assert "| batch size | 20 | all the images that can be read |" in card
-    assert learnt("b", accumulate=3)[1] == 18
     with pytest.raises(UsageError, match="only 20 images can be read: choose --batch-size 20 or less"):
         learnt("c", batch_size=21)
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from dinosearch.cli import app
 from dinosearch.pretrain.checkpoint import last_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
@@ -75,6 +77,7 @@ def test_a_run_is_logged_where_asked_and_its_card_tells_reasons(work: Path) -> N
     train("--steps", "3", "--name", "other", "--log", "paper", cwd=work, code=2)
 
 
+@pytest.mark.slow
 def test_a_start_that_nothing_improved_on_is_told(work: Path) -> None:
     train(*TINY, "--steps", "0", "--name", "start", cwd=work)
     words = arguments("--from", "start", "--steps", "2", "--name", "same", "--out-dim", "32", "--local-crops", "2")
@@ -89,10 +92,14 @@ def test_a_start_that_nothing_improved_on_is_told(work: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("--lr", "nan"), ("--lr", "-1"), ("--cache-size", "nan"), ("--lr", "inf")])
-def test_numbers_that_are_none_are_wrong_usage(work: Path, words: tuple[str, str]) -> None:
+def test_numbers_that_are_none_are_wrong_usage(
+    work: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, str]
+) -> None:
+    monkeypatch.chdir(work)
     before = sorted(work.glob("models/*"))
-    told = train(*TINY, *words, "--steps", "2", cwd=work, code=2)
-    assert words[0].lstrip("-").replace("-", "_") in told.stderr.replace("-", "_")
+    told = CliRunner().invoke(app, ["train", "digits", *TINY, *words, "--steps", "2"])
+    assert told.exit_code == 2
+    assert words[0].lstrip("-").replace("-", "_") in told.output.replace("-", "_")
     assert sorted(work.glob("models/*")) == before
 
 
