@@ -7,9 +7,10 @@ import pytest
 
 import dinosearch.demo.data as data_module
 from dinosearch.demo.data import DEBIAN_FOLDER, DemoImages, lay_out
+from dinosearch.pretrain.config import TrainConfig
 from dinosearch.pretrain.course import TrainReport
 from dinosearch.pretrain.recipe import usual_lr
-from dinosearch.pretrain.train import TrainConfig, train
+from dinosearch.pretrain.train import train
 from dinosearch.query.exam import Exam, open_exam
 from dinosearch.vit.folder import open_model
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from dinosearch.errors import DinosearchError, UsageError
-from dinosearch.pretrain.train import TrainConfig, train
+from dinosearch.pretrain.config import TrainConfig
+from dinosearch.pretrain.train import train
 from dinosearch.query.exam import Exam, open_exam
 from dinosearch.query.probe import knn_accuracy, knn_vote
 from dinosearch.vit.folder import ModelFacts, ModelFolder, create_vit, open_model

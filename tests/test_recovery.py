@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 import dinosearch.pretrain.course as course_module
 from dinosearch.errors import DinosearchError
 from dinosearch.pretrain.checkpoint import last_checkpoint
+from dinosearch.pretrain.config import TrainConfig
 from dinosearch.pretrain.course import TrainReport
-from dinosearch.pretrain.train import TrainConfig, train
+from dinosearch.pretrain.train import train
 from dinosearch.vit.folder import open_model
 
 N = 200

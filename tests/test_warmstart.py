@@ -14,10 +14,11 @@ import dinosearch.pretrain.course as course
 import dinosearch.pretrain.warmstart as warmstart
 from dinosearch.cli.train import _print_report
 from dinosearch.errors import DinosearchError, UsageError
+from dinosearch.pretrain.config import TrainConfig
 from dinosearch.pretrain.course import TrainReport
 from dinosearch.pretrain.overrides import read_config
 from dinosearch.pretrain.quality import Quality
-from dinosearch.pretrain.train import TrainConfig, train
+from dinosearch.pretrain.train import train
 from dinosearch.pretrain.warmstart import improved
 from dinosearch.vit.folder import ModelFacts, create_vit, open_model, save_model
 from dinosearch.vit.resolve import import_model

@@ -15,7 +15,7 @@ from dinosearch.cli.index import DeviceOption, JsonOption
 from dinosearch.errors import UsageError
 
 if TYPE_CHECKING:
-    from dinosearch.pretrain.train import Progress, TrainReport
+    from dinosearch.pretrain.course import Progress, TrainReport
 
 
 class Select(StrEnum):
@@ -118,9 +118,9 @@ def train(
     Example: dinosearch train ./images --minutes 30
     """
     began = time.monotonic()
+    from dinosearch.pretrain.config import TrainConfig
     from dinosearch.pretrain.distributed import leads_team
     from dinosearch.pretrain.overrides import checked, parse_settings, read_config
-    from dinosearch.pretrain.train import TrainConfig
     from dinosearch.pretrain.train import train as run_training
     from dinosearch.query.exam import Exam, open_exam
     from dinosearch.vit.folder import models_path, quiet

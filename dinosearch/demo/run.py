@@ -179,7 +179,8 @@ class _Demo:
         self.progress(stage, done, total, "")
 
     def train(self, name: str, *, steps: int | None = None, minutes: float | None = None) -> ModelFolder:
-        from dinosearch.pretrain.train import TrainConfig, train
+        from dinosearch.pretrain.config import TrainConfig
+        from dinosearch.pretrain.train import train
 
         config = TrainConfig(
             images=(self.images.train_folder,),

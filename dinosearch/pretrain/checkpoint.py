@@ -20,6 +20,8 @@ from dinosearch.vit.folder import Note, first_line, quiet, write_whole
 KEPT = 2
 """So many checkpoints stay: should the newest be damaged, there is one before it."""
 PATTERN = "checkpoint-*.safetensors"
+FORMAT = 2
+"""2 has the facts in its digest, 1 has only the tensors there and names no format."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def save_checkpoint(folder: Path, *, step: int, tensors: Mapping[str, Tensor], f
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PATTERN.replace("*", f"{step:09}")
-    metadata = {"facts": json.dumps(facts, allow_nan=False), "digest": _digest(tensors)}
+    told = json.dumps(facts, allow_nan=False)
+    metadata = {"format": str(FORMAT), "facts": told, "digest": _digest(tensors, told)}
     write_whole(path, save(dict(tensors), metadata=metadata))
     found = sorted(folder.glob(PATTERN))
     at = found.index(path)
@@ -55,7 +58,7 @@ def save_checkpoint(folder: Path, *, step: int, tensors: Mapping[str, Tensor], f
 
 
 def last_checkpoint(folder: Path, *, note: Note = quiet) -> Checkpoint | None:
-    """The newest that can be read, or None without any. Raises DinosearchError if all are damaged."""
+    """The newest that can be read, or None without any. Raises DinosearchError if all are damaged or one is too new."""
     from safetensors import SafetensorError, safe_open
 
     found = sorted(folder.glob(PATTERN), reverse=True)
@@ -64,8 +67,9 @@ def last_checkpoint(folder: Path, *, note: Note = quiet) -> Checkpoint | None:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
+                told = metadata["facts"] if _format(metadata, path) > 1 else ""
                 checkpoint = Checkpoint(path, json.loads(metadata["facts"]))
-            if metadata["digest"] == _digest(checkpoint.tensors()):
+            if metadata["digest"] == _digest(checkpoint.tensors(), told):
                 return checkpoint
             damage = f"{path} is damaged"
         except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -76,9 +80,19 @@ def last_checkpoint(folder: Path, *, note: Note = quiet) -> Checkpoint | None:
     return None
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _format(metadata: Mapping[str, str], path: Path) -> int:
+    found = int(metadata.get("format", 1))
+    if found > FORMAT:
+        raise DinosearchError(
+            f"{path} was written by a newer dinosearch (checkpoint format {found}). Update dinosearch, "
+            "or start over with --overwrite instead of --resume"
+        )
+    return found
+
+
+def _digest(tensors: Mapping[str, Tensor], told: str) -> str:
     """Over all names and bytes: a disk that returns other bits than it was given is noticed."""
-    digest = blake3()
+    digest = blake3(told.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
