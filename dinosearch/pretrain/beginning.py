@@ -1,4 +1,7 @@
-"""What a run begins with, chosen for the user's images or taken from a checkpoint: recipe, seed, start, teacher."""
+"""What a run begins with, chosen for the user's images or taken from a checkpoint: recipe, seed, start, teacher.
+
+Knows neither how long the run is nor where it is written.
+"""
 
 import contextlib
 from collections.abc import Mapping
@@ -138,6 +141,7 @@ def _tell(reasons: list[Reason], note: Note) -> None:
 
 
 def remember_beginning(kept: Mapping[str, Any], config: TrainConfig, *, folder: Path) -> Beginning:
+    """What an interrupted run began with. Raises DinosearchError when the model that it learns from is gone."""
     return Beginning(
         recipe_from_facts(kept["recipe"]),
         seed=kept["seed"],
@@ -162,7 +166,9 @@ def _mentor_again(kept: Mapping[str, Any], config: TrainConfig) -> ModelFolder:
         raise
 
 
-def smaller(beginning: Beginning, n_images: int, config: TrainConfig, *, team: Team, note: Note) -> Beginning:
+def with_smaller_batch(
+    beginning: Beginning, n_images: int, config: TrainConfig, *, team: Team, note: Note
+) -> Beginning:
     """A batch of the images that can be read, where nobody asked for more. Raises UsageError where somebody did."""
     n_parts = team.size * beginning.recipe.accumulate
     batch_size = n_images // n_parts * n_parts
@@ -178,13 +184,13 @@ def smaller(beginning: Beginning, n_images: int, config: TrainConfig, *, team: T
     )
 
 
-def momentum_by_length(beginning: Beginning, config: TrainConfig) -> bool:
+def chooses_momentum(beginning: Beginning, config: TrainConfig) -> bool:
     """The teacher's momentum is ours to choose, by the number of steps."""
     asked = config.overrides.get("teacher_momentum") is not None
     return not (beginning.start or beginning.recipe.method == "dinov2" or asked)
 
 
-def for_length(beginning: Beginning, steps: int, *, note: Note) -> Beginning:
+def with_momentum_for(beginning: Beginning, steps: int, *, note: Note) -> Beginning:
     """What depends on the number of steps, once a time budget's is foreseen."""
     recipe = beginning.recipe
     momentum, why = momentum_for(steps)

@@ -21,7 +21,7 @@ KEPT = 2
 """So many checkpoints stay: should the newest be damaged, there is one before it."""
 PATTERN = "checkpoint-*.safetensors"
 FORMAT = 2
-"""2 has the facts in its digest, 1 has only the tensors there and names no format."""
+"""2 has the facts in its digest, itself among them; 1 has only the tensors there and names no format."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def save_checkpoint(folder: Path, *, step: int, tensors: Mapping[str, Tensor], f
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PATTERN.replace("*", f"{step:09}")
-    told = json.dumps(facts, allow_nan=False)
-    metadata = {"format": str(FORMAT), "facts": told, "digest": _digest(tensors, told)}
+    told = json.dumps({"format": FORMAT, **facts}, allow_nan=False)
+    metadata = {"facts": told, "digest": _digest(tensors, told)}
     write_whole(path, save(dict(tensors), metadata=metadata))
     found = sorted(folder.glob(PATTERN))
     at = found.index(path)
@@ -67,9 +67,10 @@ def last_checkpoint(folder: Path, *, note: Note = quiet) -> Checkpoint | None:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                told = metadata["facts"] if _format(metadata, path) > 1 else ""
                 checkpoint = Checkpoint(path, json.loads(metadata["facts"]))
+            told = metadata["facts"] if "format" in checkpoint.facts else ""
             if metadata["digest"] == _digest(checkpoint.tensors(), told):
+                _refuse_later(checkpoint)
                 return checkpoint
             damage = f"{path} is damaged"
         except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -80,18 +81,19 @@ def last_checkpoint(folder: Path, *, note: Note = quiet) -> Checkpoint | None:
     return None
 
 
-def _format(metadata: Mapping[str, str], path: Path) -> int:
-    found = int(metadata.get("format", 1))
+def _refuse_later(checkpoint: Checkpoint) -> None:
+    found = checkpoint.facts.get("format", 1)
     if found > FORMAT:
         raise DinosearchError(
-            f"{path} was written by a newer dinosearch (checkpoint format {found}). Update dinosearch, "
+            f"{checkpoint.path} was written by a newer dinosearch (checkpoint format {found}). Update dinosearch, "
             "or start over with --overwrite instead of --resume"
         )
-    return found
 
 
 def _digest(tensors: Mapping[str, Tensor], told: str) -> str:
-    """Over all names and bytes: a disk that returns other bits than it was given is noticed."""
+    """Over the facts as they were written and all names and bytes of tensors: a disk that returns other bits than it
+    was given is noticed.
+    """
     digest = blake3(told.encode())
     for name in sorted(tensors):
         digest.update(name.encode())

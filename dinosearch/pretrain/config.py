@@ -1,14 +1,18 @@
-"""What a user may ask of a training run. Knows no image and no model."""
+"""What a user may ask of a training run. Reads no image and no model."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinosearch.errors import UsageError
-from dinosearch.pretrain.course import Evaluate
 from dinosearch.pretrain.logs import check_logs
+
+if TYPE_CHECKING:
+    from dinosearch.pretrain.course import Evaluate
 
 NO_LABELS = "--select labels needs some: name a CSV, or folders, with --labels"
 

@@ -137,7 +137,7 @@ def _as_kind(value: Any, kind: Any, *, where: str) -> Any:
 
 _WANTED: dict[type | types.GenericAlias, str] = {
     bool: "true or false",
-    int: "a whole number, such as 2",
-    float: "a number, such as 0.05",
+    int: "a whole number (2, say)",
+    float: "a number (0.05, say)",
     str: "a name",
 }

@@ -1,20 +1,27 @@
-"""Which run `--resume` goes on with, what it remembers of how it was begun, and what it refuses."""
+"""Where a run lies, and what of how it was begun holds when `--resume` goes on with it. Knows no tensor.
+
+Each function takes what is asked now and the facts of a checkpoint, empty ones for a run that begins.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.images.source import ScanOptions
 from dinosearch.images.sources import base_name, open_sources
 from dinosearch.pretrain.checkpoint import PATTERN
 from dinosearch.pretrain.config import TrainConfig
-from dinosearch.pretrain.course import Evaluate
 from dinosearch.pretrain.logs import check_logs
 from dinosearch.vit.folder import Note, free_name, path_for
+
+if TYPE_CHECKING:
+    from dinosearch.pretrain.course import Evaluate
 
 SOURCES = "sources.json"
 """Where the images of a run are, in its folder: by that `--resume` without a name finds it."""
@@ -114,11 +121,13 @@ def remembered_evaluate(config: TrainConfig, kept: Mapping[str, Any], note: Note
     return None
 
 
-def whereabouts(labels: str) -> str:
+def labels_place(labels: str) -> str:
+    """The absolute path of a labels file, for a resumed run that is begun in another folder."""
     return os.path.realpath(labels) if Path(labels).is_file() else labels  # "folders" is no path
 
 
 def refuse_other_settings(kept: Mapping[str, Any], config: TrainConfig, *, digest: str, folder: Path) -> None:
+    """Raises DinosearchError where settings or images differ from those that a run was begun with."""
     asked, before = settings_asked(config), kept["asked"] | {"seed": kept["seed"]}
     for name, value in asked.items():
         if value is not None and value != before.get(name):

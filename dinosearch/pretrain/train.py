@@ -1,4 +1,4 @@
-"""One training run: images in, a model folder out. Composes survey, recipe, bank, run and checkpoints.
+"""One training run: images in, a model folder out. Composes beginning, bank, run, plan and course.
 
 `train` yields progress and prints nothing. All that is random comes from (seed, epoch) and (seed, step), none from
 state that a resumed process would lack: a run that was interrupted ends with the tensors of one that was not.
@@ -19,10 +19,10 @@ from dinosearch.pretrain.bank import ImageBank
 from dinosearch.pretrain.beginning import (
     Beginning,
     choose_beginning,
-    for_length,
-    momentum_by_length,
+    chooses_momentum,
     remember_beginning,
-    smaller,
+    with_momentum_for,
+    with_smaller_batch,
 )
 from dinosearch.pretrain.card import write_card
 from dinosearch.pretrain.checkpoint import last_checkpoint
@@ -39,12 +39,12 @@ from dinosearch.pretrain.recipe import Recipe
 from dinosearch.pretrain.resume import (
     folder_for,
     keep_places,
+    labels_place,
     refuse_other_settings,
     remembered_evaluate,
     remembered_logs,
     scan_options,
     settings_asked,
-    whereabouts,
 )
 from dinosearch.pretrain.run import Run
 from dinosearch.pretrain.warmstart import keep_start
@@ -145,7 +145,7 @@ def _train(
                     f"only {len(bank)} images can be read, and {folder} was begun with batches of "
                     f"{beginning.recipe.batch_size}. Restore them, or train under another --name"
                 )
-            beginning = smaller(beginning, len(bank), config, team=team, note=note)
+            beginning = with_smaller_batch(beginning, len(bank), config, team=team, note=note)
             run.adopt(beginning.recipe)
         if kept is None:
             plan = plan_length(
@@ -165,11 +165,11 @@ def _train(
         [plan.total_steps] = team.follow(plan.total_steps)  # what depends on it has to be the same in all processes
         note(foreseen.told(n_steps=plan.total_steps - first_step, device=device))
         if kept is None:
-            by_length = plan.deadline is not None and momentum_by_length(beginning, config)
+            by_length = plan.deadline is not None and chooses_momentum(beginning, config)
         else:
             by_length = kept.get("momentum_by_length", False)
         if kept is None and by_length:
-            beginning = for_length(beginning, plan.total_steps, note=note)
+            beginning = with_momentum_for(beginning, plan.total_steps, note=note)
             run.adopt(beginning.recipe)
         if foreseen.device_bytes > available_bytes(device):
             note(f"that may be too much: {ways_to_save(beginning.recipe)}")
@@ -194,7 +194,7 @@ def _train(
                 "select": select,
                 "momentum_by_length": by_length,
                 "labelled": evaluate is not None,
-                "labels": whereabouts(config.labels) if config.labels else (kept or {}).get("labels"),
+                "labels": labels_place(config.labels) if config.labels else (kept or {}).get("labels"),
                 **beginning.origins,
             },
             trained=_trained(config, beginning, n_images=len(bank)) | {"failed": len(bank.failed)},
@@ -224,7 +224,7 @@ def _check_parts(recipe: Recipe, team: Team) -> None:
 def _open_run(
     config: TrainConfig, beginning: Beginning, folder: Path, *, device: torch.device, team: Team, resumed: bool
 ) -> Run:
-    """The networks, and the run's folder once they are made: a run that does not fit the machine leaves none."""
+    """The networks; then the run's folder, where a model to overwrite goes now: it stays if they cannot be made."""
     start, mentor = beginning.start, beginning.mentor
     run = Run(
         beginning.recipe,
