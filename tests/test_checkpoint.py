@@ -14,7 +14,8 @@ from dinosearch.pretrain import checkpoint as checkpoint_module
 from dinosearch.pretrain.checkpoint import last_checkpoint, save_checkpoint
 
 TENSORS = {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
-DIGEST_OF_TENSORS = blake3(b"a" + TENSORS["a"].numpy().tobytes() + b"b" + bytes.fromhex("803f" * 4)).hexdigest()
+NAMES_AND_BYTES = b"a" + TENSORS["a"].numpy().tobytes() + b"b" + bytes.fromhex("803f" * 4)
+DIGEST_OF_TENSORS = blake3(NAMES_AND_BYTES).hexdigest()
 
 
 @pytest.fixture
@@ -86,5 +87,4 @@ def test_the_digest_is_of_the_facts_and_then_the_tensors(folder: Path) -> None:
     with safe_open(newest(folder), framework="pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["facts"]) == {"format": 2, "step": 5, "losses": [0.5]}
-    tensors = b"a" + TENSORS["a"].numpy().tobytes() + b"b" + bytes.fromhex("803f" * 4)
-    assert metadata["digest"] == blake3(metadata["facts"].encode() + tensors).hexdigest()
+    assert metadata["digest"] == blake3(metadata["facts"].encode() + NAMES_AND_BYTES).hexdigest()

@@ -1,6 +1,6 @@
 """Where a run lies, and what of how it was begun holds when `--resume` goes on with it. Knows no tensor.
 
-Each function takes what is asked now and the facts of a checkpoint, empty ones for a run that begins.
+`kept` are the facts of its last checkpoint; where a function also serves a run that begins, they may be empty.
 """
 
 from __future__ import annotations
