@@ -226,6 +226,8 @@ def test_resume_refuses_other_settings_and_other_images(images: Path, tmp_path: 
     run(images, tmp_path, name="a", resume=True)  # forgets nothing of what was asked for
     with pytest.raises(UsageError, match=r"begun with --steps 6, not 5"):
         run(images, tmp_path, name="a", steps=5, resume=True)
+    with pytest.raises(UsageError, match=r"begun without --epochs, not with 2"):
+        run(images, tmp_path, name="a", epochs=2, resume=True)
     with pytest.raises(UsageError, match=r"begun with --batch-size 8, not 10"):
         run(images, tmp_path, name="a", resume=True, overrides={"batch_size": 10})
     fewer = tmp_path / "fewer"

@@ -131,10 +131,10 @@ def refuse_other_settings(kept: Mapping[str, Any], config: TrainConfig, *, diges
     asked, before = settings_asked(config), kept["asked"] | {"seed": kept["seed"]}
     for name, value in asked.items():
         if value is not None and value != before.get(name):
-            raise UsageError(
-                f"{folder} was begun with --{name.replace('_', '-')} {before.get(name)}, not {value}. "
-                "Resume without it, or train under another --name"
-            )
+            option = f"--{name.replace('_', '-')}"
+            known = before.get(name)
+            begun = f"without {option}, not with" if known is None else f"with {option} {known}, not"
+            raise UsageError(f"{folder} was begun {begun} {value}. Resume without it, or train under another --name")
     select = kept.get("select", config.select)
     if config.select not in (None, select):
         raise UsageError(
