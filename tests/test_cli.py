@@ -311,6 +311,28 @@ class TestProbe:
         (row,) = json_of("probe", "--labels", "twice.csv", "--index", "twice", cwd=work)
         assert row["n_train"] + row["n_test"] == 16
 
+    def test_folders_are_labels_as_a_csv_of_them_is(self, work):
+        for i in range(16):
+            folder = work / "sorted" / ("odd" if i % 2 else "even")
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(work / f"images/{i}.png", folder)
+        shutil.copy(work / "images/20.png", work / "sorted")
+        dinosearch("index", "sorted", cwd=work)
+        shutil.copytree(work / "indexes/sorted", work / "indexes/copy")
+        lines = [f"{'odd' if i % 2 else 'even'}/{i}.png,{'odd' if i % 2 else 'even'}" for i in range(16)]
+        (work / "sorted.csv").write_text("\n".join(["path,label", *lines]))
+        chosen = ("--index", "sorted")
+        (by_folder,) = json_of("probe", "--labels", "folders", *chosen, cwd=work)
+        (by_csv,) = json_of("probe", "--labels", "sorted.csv", *chosen, cwd=work)
+        assert by_folder == by_csv
+        assert by_folder["n_train"] + by_folder["n_test"] == 16
+        assert "1 indexed images" in dinosearch("probe", "--labels", "folders", *chosen, cwd=work).stderr
+        (row,) = json_of("compare", "--labels", "folders", *chosen, "--index", "copy", cwd=work)
+        assert (row["classes"], row["n_train"] + row["n_test"]) == (2, 16)
+
+    def test_folders_are_no_labels_where_there_are_none(self, indexed):
+        assert "CSV" in one_error(dinosearch("probe", "--labels", "folders", cwd=indexed, check=2))
+
     def test_labels_of_other_images_are_an_error(self, indexed, tmp_path):
         (tmp_path / "labels.csv").write_text("path,label\nx.jpg,a\n")
         assert "x.jpg" in one_error(dinosearch("probe", "--labels", tmp_path / "labels.csv", cwd=indexed, check=1))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dinosearch.errors import DinosearchError
+from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.index.contents import IndexedFile
 from dinosearch.query.labels import load_labels
 
@@ -132,3 +132,53 @@ def test_what_is_no_text_is_refused(tmp_path, files):
 def test_a_missing_csv_is_an_error(tmp_path, files):
     with pytest.raises(DinosearchError, match="--labels"):
         load_labels(Path(tmp_path / "none.csv"), files)
+
+
+def indexed(tmp_path, *names, root="catalog"):
+    return [IndexedFile(tmp_path / root / name, name, tmp_path / root) for name in names]
+
+
+def test_the_first_folder_below_a_root_is_a_label(tmp_path):
+    files = indexed(tmp_path, "dog/b.jpg", "x.jpg", "cat/old/a.jpg", "dog/a.jpg")
+    found = load_labels("folders", [*files, *indexed(tmp_path, "cat/z.jpg", root="more")])
+    assert (found.rows, found.labels) == ([2, 3, 0, 4], ["cat", "dog", "dog", "cat"])
+    assert (found.splits, found.unmatched, found.n_outside) == (None, [], 1)
+
+
+def test_by_folder_the_first_of_several_pages_counts(tmp_path):
+    root = tmp_path / "catalog"
+    pages = [IndexedFile(root / "cat/p.tif", "cat/p.tif", root, frame=frame) for frame in range(3)]
+    found = load_labels("folders", [*pages, *indexed(tmp_path, "dog/a.jpg")])
+    assert (found.rows, found.labels) == ([0, 3], ["cat", "dog"])
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_folders_of_a_split_are_no_labels(tmp_path, held_out):
+    files = indexed(tmp_path, "train/cat/a.jpg", f"{held_out}/cat/b.jpg", "train/dog/far/c.jpg", "train/stray.jpg")
+    found = load_labels("folders", files)
+    splits = {files[row].relative: split for row, split in zip(found.rows, found.splits, strict=True)}
+    assert splits == {"train/cat/a.jpg": "train", f"{held_out}/cat/b.jpg": "test", "train/dog/far/c.jpg": "train"}
+    assert sorted(found.labels) == ["cat", "cat", "dog"]
+    assert found.n_outside == 1
+
+
+@pytest.mark.parametrize("names", [["train/a.jpg", "test/b.jpg"], ["train/cat/a.jpg", "bus/red/b.jpg"]])
+def test_folders_called_train_may_be_labels(tmp_path, names):
+    found = load_labels("folders", indexed(tmp_path, *names))
+    assert sorted(found.labels) == sorted(name.split("/")[0] for name in names)
+    assert found.splits is None
+
+
+@pytest.mark.parametrize("named", ["https://host/cat/a.jpg", "/far/cat/a.jpg", "../cat/a.jpg", "a.jpg"])
+def test_what_a_list_names_from_elsewhere_lies_in_no_folder(tmp_path, named):
+    listed = IndexedFile(named, named, tmp_path / "list.txt")
+    with pytest.raises(UsageError, match="subfolders"):
+        load_labels("folders", [listed])
+    found = load_labels("folders", [listed, *indexed(tmp_path, "cat/a.jpg")])
+    assert (found.labels, found.n_outside) == (["cat"], 1)
+
+
+def test_a_file_called_folders_is_a_csv_when_named_as_a_path(tmp_path, files, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folders").write_text("path,label\ncatalog/a.jpg,cat\n")
+    assert load_labels("./folders", files).labels == ["cat"]

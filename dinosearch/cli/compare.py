@@ -1,13 +1,13 @@
 """`compare`: which of several indexes tells labelled images apart best."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dinosearch.cli import show
 from dinosearch.cli.index import JsonOption, chosen_index
+from dinosearch.cli.probe import LabelsOption
 
 if TYPE_CHECKING:
     from dinosearch.query.compare import Comparison, Difference
@@ -20,7 +20,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def compare(
-    labels: Annotated[Path, typer.Option("--labels", help="CSV with columns path,label and optionally split.")],
+    labels: LabelsOption,
     index: Annotated[list[str], typer.Option("--index", help="Name or folder of an index; give two or more.")],
     seed: Annotated[int, typer.Option(min=0, help="Of the held-out split, where the CSV has none.")] = 0,
     as_json: JsonOption = False,

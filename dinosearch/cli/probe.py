@@ -1,7 +1,6 @@
 """`probe`: how well the indexed vectors tell labelled images apart."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +11,9 @@ from dinosearch.cli.index import IndexOption, JsonOption, chosen_index
 if TYPE_CHECKING:
     from dinosearch.query.probe import ProbeReport
 
+LabelsOption = Annotated[
+    str, typer.Option("--labels", help='CSV with columns path,label and optionally split, or "folders" (first level).')
+]
 MAX_ROWS = 40
 """Classes in the table for people."""
 
@@ -21,7 +23,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def probe(
-    labels: Annotated[Path, typer.Option("--labels", help="CSV with columns path,label and optionally split.")],
+    labels: LabelsOption,
     index: IndexOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the held-out split, where the CSV has none.")] = 0,
     as_json: JsonOption = False,
@@ -44,6 +46,8 @@ def probe(
         )
     if known.n_repeated:
         show.note(f"{known.n_repeated} lines of {labels} repeat another; they count once")
+    if known.n_outside:
+        show.note(f"{known.n_outside} indexed images lie in no folder that could be their label; {len(known.rows)} do")
     report = probe_vectors(vectors[known.rows], known.labels, split=known.splits, seed=seed, note=show.note)
     if as_json:
         show.json_line(asdict(report) | {"unmatched": len(known.unmatched)})

@@ -79,7 +79,7 @@ class Comparison:
 
 
 def compare(
-    labels_path: Path,
+    labels: Path | str,
     indexes: Sequence[tuple[str, Sequence[IndexedFile], np.ndarray]],
     *,
     seed: int = 0,
@@ -87,20 +87,21 @@ def compare(
 ) -> Comparison:
     """Train and test both probes on each index with the same images.
 
+    labels: as `load_labels` takes them.
     indexes: name, files and unit vectors float32 [n, dim] of each, two or more.
     Raises UsageError for fewer than two, DinosearchError when there is nothing to compare with.
     """
     names = [name for name, _, _ in indexes]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise UsageError("a comparison takes two different indexes or more: --index a --index b")
-    labelled = [load_labels(labels_path, files) for _, files, _ in indexes]
+    labelled = [load_labels(labels, files) for _, files, _ in indexes]
     rows = [
         {_key(files[row]): row for row in found.rows} for (_, files, _), found in zip(indexes, labelled, strict=True)
     ]
     shared = set(rows[0]).intersection(*rows[1:])
     if not shared:
         raise DinosearchError(
-            f"no image of {labels_path} is in all of {', '.join(names)}. Index the same folder with each model"
+            f"no labelled image is in all of {', '.join(names)}. Index the same folder with each model"
         )
     first = labelled[0]
     chosen = [i for i, row in enumerate(first.rows) if _key(indexes[0][1][row]) in shared]

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from dinosearch.vit.folder import ModelFacts
 
-BY_FOLDER = "folders"
 MOST_IMAGES = 4000
 """Labelled images asked about; more would cost more of a run than their accuracy's last digit is worth."""
 CHUNK = 256
@@ -84,7 +83,7 @@ class Exam:
 
 
 def open_exam(labels: str, folders: Sequence[Path], *, note: Callable[[str], None] = lambda _: None) -> Exam:
-    """An exam on the images in `folders`, labelled by a CSV, or by "folders": the first folder below each of them.
+    """An exam on the images in `folders`, labelled by a CSV or by "folders", as `load_labels` takes them.
 
     Raises DinosearchError when there are no labels, or none of these images has one.
     """
@@ -98,14 +97,11 @@ def open_exam(labels: str, folders: Sequence[Path], *, note: Callable[[str], Non
         for folder in folders
         for image in find_images(folder).images
     ]
-    if labels == BY_FOLDER:
-        inside = [file for file in files if "/" in file.relative]
-        if not inside:
-            raise UsageError("--labels folders needs images in subfolders. Sort them into some, or name a CSV")
-        return Exam([Path(file.path) for file in inside], [file.relative.split("/")[0] for file in inside], note=note)
-    known = load_labels(Path(labels), files)
+    known = load_labels(labels, files)
     if known.unmatched:
         note(f"{len(known.unmatched)} lines of {labels} name no image that is trained on")
+    if known.n_outside:
+        note(f"{known.n_outside} images lie in no folder that could be their label")
     split = known.splits
     if split is not None and len(set(split)) < 2:  # the others are kept from training, as they should be
         note(f"all images trained on are {split[0]!r} in the split of {labels}: a fifth of each class is asked about")

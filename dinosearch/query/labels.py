@@ -1,8 +1,12 @@
-"""Labels of indexed files, from a CSV with a header and the columns path, label and, if wanted, split.
+"""Labels of indexed files, from a CSV or from the folders they lie in. Knows nothing of vectors.
 
-Paths may be relative to the CSV, relative to a root of the index, or absolute; the first of these that is indexed
-counts, and a URL as it is. Of a file of several pages the first counts. Other columns are ignored. Knows nothing of
-vectors.
+The CSV has a header and the columns path, label and, if wanted, split; others are ignored. Paths may be relative to it,
+relative to a root of the index, or absolute; the first of these that is indexed counts, and a URL as it is.
+
+By folders, the first one below an image's root is its label. Where these are `train` and `test` (or `val`) with folders
+in them, as in ImageNet's layout, they are the split, and the next one is the label.
+
+Of a file of several pages the first counts.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinosearch.errors import DinosearchError
+from dinosearch.errors import DinosearchError, UsageError
 from dinosearch.images.sources import is_url
 
 if TYPE_CHECKING:
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
 
 TRAIN = "train"
 TEST = "test"
+BY_FOLDER = "folders"
+"""Given in place of a CSV's path; a CSV of that name is `./folders`."""
+_SPLIT_FOLDERS = ({"train", "test"}, {"train", "val"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +54,49 @@ class Labels:
     """Lines whose file is not in the index, or has no vector there."""
     n_repeated: int
     """Lines that say once more what another line says; they count once."""
+    n_outside: int = 0
+    """Files that lie in none of the folders that are labels."""
 
 
-def load_labels(csv_path: Path, files: Sequence[IndexedFile]) -> Labels:
-    """Read the CSV and find its files among the indexed ones.
+def load_labels(labels: Path | str, files: Sequence[IndexedFile]) -> Labels:
+    """Read a CSV and find its files among the indexed ones, or label these by "folders".
 
-    Raises DinosearchError for a file that is no such CSV, for two labels of one file, and when no line matches.
+    Raises DinosearchError for a file that is no such CSV, for two labels of one file, and when no file has a label
+    (UsageError where none lies in a folder).
     """
+    return _by_folder(files) if labels == BY_FOLDER else _by_csv(Path(labels), files)
+
+
+def _by_folder(files: Sequence[IndexedFile]) -> Labels:
+    positions: dict[str, int] = {}
+    for position, file in enumerate(files):
+        positions.setdefault(os.fspath(file.path), position)
+    order = sorted(positions.values(), key=lambda position: os.fsencode(files[position].path))
+    folders = {position: _folders(files[position].relative) for position in order}
+    inside = [position for position in order if folders[position]]
+    if not inside:
+        raise UsageError("--labels folders needs images in subfolders. Sort them into some, or name a CSV")
+    splits = None
+    if {folders[position][0] for position in inside} in _SPLIT_FOLDERS and any(len(folders[p]) > 1 for p in inside):
+        inside = [position for position in inside if len(folders[position]) > 1]
+        splits = [TRAIN if folders[position][0] == TRAIN else TEST for position in inside]
+    return Labels(
+        rows=inside,
+        labels=[folders[position][0 if splits is None else 1] for position in inside],
+        splits=splits,
+        unmatched=[],
+        n_repeated=0,
+        n_outside=len(order) - len(inside),
+    )
+
+
+def _folders(relative: str) -> list[str]:
+    """Those below the root that a file lies in, the outermost first; none where a list names it from elsewhere."""
+    folders = relative.split("/")[:-1]
+    return [] if is_url(relative) or (folders and folders[0] in ("", "..")) else folders
+
+
+def _by_csv(csv_path: Path, files: Sequence[IndexedFile]) -> Labels:
     found: dict[int, LabelRow] = {}
     unmatched: list[LabelRow] = []
     n_repeated = 0
