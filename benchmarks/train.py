@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="train each side once for so long, then compare k-NN accuracy")
     parser.add_argument("--images", type=int, default=60_000, help="training images to write")
     parser.add_argument("--sides", nargs="+", choices=["ours", "lightly", "plain"])
+    parser.add_argument("--json", type=Path, help="file for images/s of each side's fastest round, and k-NN accuracies")
     options = parser.parse_args()
     sides = options.sides or ["ours", *(["lightly"] if options.peer_python else []), "plain"]
     with tempfile.TemporaryDirectory() as temporary:
@@ -94,7 +95,10 @@ def main() -> None:
                 out.mkdir()
                 measured[side].append(run_side(side, job | {"out": str(out)}, options))
                 print(f"round {turn + 1}, {side}: {measured[side][-1]}", file=sys.stderr, flush=True)
-        print_rows(measured, knn_of(measured, job, options.idx) if options.minutes else {})
+        knn = knn_of(measured, job, options.idx) if options.minutes else {}
+        print_rows(measured, knn)
+        if options.json:
+            options.json.write_text(json.dumps({"images_per_second": fastest(measured), "knn": knn}))
 
 
 def write_images(folder: Path, idx: Path, n: int) -> Path:
@@ -230,9 +234,14 @@ def embed(weights: str, job: dict, images: np.ndarray) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
+def fastest(measured: dict[str, list[dict]]) -> dict[str, float]:
+    """images/s"""
+    return {side: max(run["images_per_second"] for run in runs) for side, runs in measured.items()}
+
+
 def print_rows(measured: dict[str, list[dict]], knn: dict[str, float]) -> None:
     labels = {"ours": "dinosearch train", "lightly": "lightly-train", "plain": "plain torch loop"}
-    rates = {side: max(run["images_per_second"] for run in runs) for side, runs in measured.items()}
+    rates = fastest(measured)
     print(f"{'':<20} {'images/s':>9} {'ours to it':>11} {'peak MB':>8} {'k-NN':>7}")
     for side, rate in rates.items():
         ratio = f"{rates['ours'] / rate:.2f}" if "ours" in rates else ""

@@ -162,6 +162,11 @@ def test_folders_of_a_split_are_no_labels(tmp_path, held_out):
     assert found.n_outside == 1
 
 
+def test_a_split_without_labels_on_one_side_is_none(tmp_path):
+    found = load_labels("folders", indexed(tmp_path, "train/cat/a.jpg", "train/dog/b.jpg", "test/1.jpg", "test/2.jpg"))
+    assert (found.labels, found.splits, found.n_outside) == (["cat", "dog"], None, 2)
+
+
 @pytest.mark.parametrize("names", [["train/a.jpg", "test/b.jpg"], ["train/cat/a.jpg", "bus/red/b.jpg"]])
 def test_folders_called_train_may_be_labels(tmp_path, names):
     found = load_labels("folders", indexed(tmp_path, *names))

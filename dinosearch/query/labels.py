@@ -76,13 +76,15 @@ def _by_folder(files: Sequence[IndexedFile]) -> Labels:
     inside = [position for position in order if folders[position]]
     if not inside:
         raise UsageError("--labels folders needs images in subfolders. Sort them into some, or name a CSV")
-    splits = None
+    depth, splits = 0, None
     if {folders[position][0] for position in inside} in _SPLIT_FOLDERS and any(len(folders[p]) > 1 for p in inside):
         inside = [position for position in inside if len(folders[position]) > 1]
-        splits = [TRAIN if folders[position][0] == TRAIN else TEST for position in inside]
+        depth, splits = 1, [TRAIN if folders[position][0] == TRAIN else TEST for position in inside]
+        if len(set(splits)) < 2:  # the others lie side by side in their folder, and nothing says what they show
+            splits = None
     return Labels(
         rows=inside,
-        labels=[folders[position][0 if splits is None else 1] for position in inside],
+        labels=[folders[position][depth] for position in inside],
         splits=splits,
         unmatched=[],
         n_repeated=0,
