@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--go-on", action="store_true", help="leave out what OUT/goals.json has for this code")
     options = parser.parse_args()
-    options.out = options.out.resolve()
+    options.out, options.idx = options.out.resolve(), options.idx.resolve()
+    options.peer_python = options.peer_python.absolute()  # a link into a virtual environment
     options.out.mkdir(parents=True, exist_ok=True)
     facts = {"code": code(), "machine": machine()}
     kept = options.out / "goals.json"
@@ -116,9 +118,11 @@ def laid_out(options: argparse.Namespace) -> Path:
 
 
 def tests(options: argparse.Namespace, name: str, *arguments: object) -> Goals:
-    done = logged(options, name, "-m", "pytest", "-n", "2", *arguments, check=False, OMP_NUM_THREADS="1")
-    last = (done.strip().splitlines() or ["nothing"])[-1]
-    return {f"{name}, {last}": (float("passed" in last and "failed" not in last and "error" not in last), 1.0)}
+    """1 when all have passed. The collapses read Fashion-MNIST where Debian's package has it."""
+    said = logged(options, name, "-m", "pytest", "-n", "2", *arguments, check=False, OMP_NUM_THREADS="1")
+    last = (said.strip().splitlines() or ["nothing was said"])[-1]
+    outcomes = set(re.findall(r"\d+ (passed|failed|skipped|errors?)", last))
+    return {f"{name}, {last}": (float(outcomes == {"passed"}), 1.0)}
 
 
 def logged(options: argparse.Namespace, name: str, *arguments: object, check: bool = True, **environment: str) -> str:

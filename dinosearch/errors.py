@@ -40,6 +40,12 @@ class IndexLocked(DinosearchError):
     exit_code = 5
 
 
+class ModelLocked(DinosearchError):
+    """Another process is training this model."""
+
+    exit_code = 5
+
+
 class Interrupted(DinosearchError):
     """The user or the system asked to stop; what was done is saved."""
 

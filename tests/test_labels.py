@@ -160,6 +160,8 @@ def test_folders_of_a_split_are_no_labels(tmp_path, held_out):
     assert splits == {"train/cat/a.jpg": "train", f"{held_out}/cat/b.jpg": "test", "train/dog/far/c.jpg": "train"}
     assert sorted(found.labels) == ["cat", "cat", "dog"]
     assert found.n_outside == 1
+    both = load_labels("folders", [*files, *indexed(tmp_path, "val/dog/d.jpg", "test/dog/e.jpg")])
+    assert (sorted(both.labels), sorted(both.splits)) == (["cat"] * 2 + ["dog"] * 3, ["test"] * 3 + ["train"] * 2)
 
 
 def test_a_split_without_labels_on_one_side_is_none(tmp_path):

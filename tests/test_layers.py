@@ -10,11 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dinosearch"
 SEES = {
     "errors": set(),
+    "lock": {"errors"},
     "images": {"errors"},
     "vit": {"errors"},
     "encoder": {"vit", "images", "errors"},
-    "index": {"encoder", "vit", "images", "errors"},
-    "pretrain": {"encoder", "vit", "images", "errors"},
+    "index": {"encoder", "vit", "images", "lock", "errors"},
+    "pretrain": {"encoder", "vit", "images", "lock", "errors"},
     "query": {"index", "encoder", "vit", "images", "errors"},
     "demo": {"query", "index", "pretrain", "encoder", "vit", "images", "errors"},
     "api": {"query", "index", "encoder", "vit", "images", "errors"},

@@ -1,5 +1,6 @@
 """Settings by name: what is understood, what is refused, and that a recorded recipe makes the same one again."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from dinosearch.errors import UsageError
 from dinosearch.pretrain.bank import Survey
-from dinosearch.pretrain.overrides import overridable, parse_settings, read_config
+from dinosearch.pretrain.overrides import OPTIONS, overridable, parse_settings, read_config
 from dinosearch.pretrain.recipe import Recipe, plan_recipe
 
 DIGITS = Survey(n_images=500, width=28, height=28, grey=True)
@@ -107,3 +108,9 @@ def test_no_setting_of_the_views_has_the_name_of_one_of_the_recipe() -> None:
 
     assert not {f.name for f in fields(Recipe)} & {f.name for f in fields(ViewSettings)}
     assert {"teacher_temperature", "local_crops", "blur_sigma", "arch_kwargs"} <= set(overridable())
+
+
+def test_what_is_called_an_option_is_one() -> None:
+    from dinosearch.cli.train import train
+
+    assert set(inspect.signature(train).parameters) & set(overridable()) == OPTIONS

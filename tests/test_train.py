@@ -1,6 +1,7 @@
 """Whole runs on a few small images: what they learn from, leave behind, refuse, and how they go on."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -15,11 +16,12 @@ from safetensors.torch import load_file
 
 import dinosearch.pretrain.plan as plan_module
 import dinosearch.pretrain.recipe as recipe_module
-from dinosearch.errors import DinosearchError, Interrupted, UsageError
+from dinosearch.errors import DinosearchError, Interrupted, ModelLocked, UsageError
 from dinosearch.pretrain.bank import ImageBank, batch_indices
 from dinosearch.pretrain.checkpoint import Checkpoint, last_checkpoint
 from dinosearch.pretrain.config import TrainConfig
 from dinosearch.pretrain.course import Evaluate, Progress, TrainReport
+from dinosearch.pretrain.hold import held_run
 from dinosearch.pretrain.recipe import FITS
 from dinosearch.pretrain.train import train
 from dinosearch.vit.folder import list_models, open_model
@@ -145,6 +147,11 @@ def test_training_makes_neighbours_agree_more(tmp_path: Path) -> None:
     assert accuracy["end"] > accuracy["start"] + 0.05
 
 
+def test_any_number_is_a_seed(images: Path, tmp_path: Path) -> None:
+    report, _ = run(images, tmp_path, steps=2, seed=20_261_127_123_456_789)
+    assert report.steps == 2
+
+
 def test_equal_seeds_give_equal_models_and_others_do_not(images: Path, tmp_path: Path) -> None:
     first, _ = run(images, tmp_path, name="a", steps=5, seed=3)
     second, _ = run(images, tmp_path, name="b", steps=5, seed=3)
@@ -230,6 +237,8 @@ def test_resume_refuses_other_settings_and_other_images(images: Path, tmp_path: 
         run(images, tmp_path, name="a", epochs=2, resume=True)
     with pytest.raises(UsageError, match=r"begun with --batch-size 8, not 10"):
         run(images, tmp_path, name="a", resume=True, overrides={"batch_size": 10})
+    with pytest.raises(UsageError, match=r"begun without --set koleo_weight, not with 0.2"):
+        run(images, tmp_path, name="a", resume=True, overrides={"koleo_weight": 0.2})
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     for path in sorted(images.iterdir())[:12]:
@@ -426,6 +435,49 @@ def test_stopping_before_the_first_step_leaves_nothing(images: Path, tmp_path: P
     assert not (tmp_path / "a").exists()
 
 
+def test_a_model_is_replaced_once_there_is_something_in_its_place(images: Path, tmp_path: Path) -> None:
+    before, _ = run(images, tmp_path, steps=2)
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    for i in range(3):
+        (dark / f"{i}.png").write_bytes(b"\x89PNG no image")
+    shutil.copy(images / "0.png", dark)
+    ends: list[tuple[Path, dict[str, Any]]] = [(images, {"stop": lambda: True}), (dark, {"name": "digits"})]
+    for source, settings in ends:
+        with pytest.raises(DinosearchError):
+            run(source, tmp_path, steps=3, overwrite=True, **settings)
+        assert open_model(tmp_path / "digits").fingerprint == before.fingerprint
+        assert [path.name for path in tmp_path.iterdir() if path.name not in ("dark", "digits")] == []
+    half, _ = run(images, tmp_path, steps=4, overwrite=True, overrides={"lr": 0.01}, stop=stops_after(2))
+    assert half.model == before.model
+    assert half.fingerprint != before.fingerprint
+    assert not (tmp_path / "digits" / "training" / "replaced").exists()
+
+
+def test_what_a_killed_run_was_to_replace_is_not_lost(images: Path, tmp_path: Path) -> None:
+    before, _ = run(images, tmp_path, name="a", steps=2)
+    folder = tmp_path / "a"
+    for _ in range(2):  # as a kill before the first checkpoint leaves it
+        with held_run(folder, resumed=False, replace=True):
+            copy = shutil.copytree(folder, tmp_path / "killed")
+        shutil.rmtree(folder)
+        copy.rename(folder)
+    with pytest.raises(Interrupted):
+        run(images, tmp_path, name="a", steps=5, stop=lambda: True, resume=True)
+    assert open_model(folder).fingerprint == before.fingerprint
+
+
+def test_a_folder_has_one_run_at_a_time(images: Path, tmp_path: Path) -> None:
+    running = train(TrainConfig(images=(images,), models=tmp_path, steps=6, overrides=QUICK))
+    assert next(item for item in running if item.phase == "training")
+    for settings in ({"resume": True}, {"name": "digits", "overwrite": True}):
+        with pytest.raises(ModelLocked, match=f"digits is being trained by process {os.getpid()} on"):
+            run(images, tmp_path, steps=6, **settings)
+    assert list(running)[-1].report is not None
+    with pytest.raises(ModelLocked, match="meanwhile"), held_run(tmp_path / "digits", resumed=False, replace=False):
+        pass
+
+
 @pytest.mark.parametrize(
     "wrong", [{"steps": -1}, {"minutes": 0.0}, {"steps": 3, "epochs": 1.0}, {"name": "a/b"}, {"name": ".a"}]
 )
@@ -468,7 +520,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(images: Path, tmp_path: 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert report.steps == 6
     assert any("no checkpoint at step 6" in line and "the one before stays" in line for line in said)
-    others = [tmp_path / "a" / "training" / name for name in ("metrics.jsonl", "sources.json")]
+    others = [tmp_path / "a" / "training" / name for name in ("metrics.jsonl", "sources.json", "lock")]
     assert sorted((tmp_path / "a" / "training").iterdir()) == sorted([*before, *others])
     again, _ = run(images, tmp_path, name="a", resume=True)
     assert again.fingerprint == report.fingerprint

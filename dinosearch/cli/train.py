@@ -39,7 +39,9 @@ def train(
         str,
         typer.Option(help="auto, dino, dinov2 (masked patches too; for a million images or more), or distill."),
     ] = "auto",
-    seed: Annotated[int | None, typer.Option(min=0, help="Equal seeds give equal runs; 0 without.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Equal seeds give equal runs; 0 without.")
+    ] = None,
     device: DeviceOption = "auto",
     arch: Annotated[str | None, typer.Option(help="Any vision transformer of timm by name.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the square the model sees, in pixels.")] = None,
@@ -76,7 +78,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run of this name, or the last one on these images.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model of this name.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model of this name, when there is a new one.")
+    ] = False,
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds between checkpoints; a power cut costs at most these.")
     ] = 30.0,

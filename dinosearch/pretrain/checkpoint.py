@@ -70,24 +70,28 @@ def last_checkpoint(folder: Path, *, note: Note = quiet) -> Checkpoint | None:
                 checkpoint = Checkpoint(path, json.loads(metadata["facts"]))
             told = metadata["facts"] if "format" in checkpoint.facts else ""
             if metadata["digest"] == _digest(checkpoint.tensors(), told):
-                _refuse_later(checkpoint)
+                _refuse_later(checkpoint, folder)
                 return checkpoint
             damage = f"{path} is damaged"
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             damage = f"{path} cannot be read ({first_line(error)})"
         note(f"{damage}; trying the one before it")
     if damage:
-        raise DinosearchError(f"{damage}. Start over with --overwrite instead of --resume")
+        raise DinosearchError(f"{damage}. {_start_over(folder)}")
     return None
 
 
-def _refuse_later(checkpoint: Checkpoint) -> None:
+def _refuse_later(checkpoint: Checkpoint, folder: Path) -> None:
     found = checkpoint.facts.get("format", 1)
     if found > FORMAT:
         raise DinosearchError(
-            f"{checkpoint.path} was written by a newer dinosearch (checkpoint format {found}). Update dinosearch, "
-            "or start over with --overwrite instead of --resume"
+            f"{checkpoint.path} was written by a newer dinosearch (checkpoint format {found}). Update dinosearch. "
+            f"{_start_over(folder)}"
         )
+
+
+def _start_over(folder: Path) -> str:
+    return f"Start over with --name {folder.parent.name} --overwrite instead of --resume"
 
 
 def _digest(tensors: Mapping[str, Tensor], told: str) -> str:

@@ -46,7 +46,7 @@ class TrainConfig:
     resume: bool = False
     """Go on with the run of this name from its last checkpoint."""
     overwrite: bool = False
-    """Replace a model of this name."""
+    """Replace a model of this name, or of that of the first folder of images."""
     exclude: tuple[str, ...] = ()
     """Patterns as in .gitignore, of images to pass over."""
     include_hidden: bool = False

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -359,8 +358,6 @@ class Course:
             step = self.guard.go_back()
             self._losses.clear()
         if stopped and step == 0:
-            if self.run.team.leads:
-                shutil.rmtree(self.folder)
             raise Interrupted("stopped before anything was learnt: there is nothing to save")
         if not self.run.team.leads:
             return Progress("done", step, self.plan.total_steps)

@@ -72,7 +72,7 @@ class Optimizer:
             if int(number) >= len(self._all) or parameter not in indices[int(number)]:
                 raise DinosearchError(
                     "the checkpoint is of another version of dinosearch. Go on with that one, or start over with "
-                    "--overwrite"
+                    "--overwrite and its --name"
                 )
             index = indices[int(number)][parameter]
             states[int(number)].setdefault(index, {})[key] = tensor.clone()  # load_state_dict would keep the tensor

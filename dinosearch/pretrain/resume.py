@@ -18,7 +18,8 @@ from dinosearch.images.sources import base_name, open_sources
 from dinosearch.pretrain.checkpoint import PATTERN
 from dinosearch.pretrain.config import TrainConfig
 from dinosearch.pretrain.logs import check_logs
-from dinosearch.vit.folder import Note, free_name, path_for
+from dinosearch.pretrain.overrides import OPTIONS
+from dinosearch.vit.folder import Note, clean_name, free_name, path_for
 
 if TYPE_CHECKING:
     from dinosearch.pretrain.course import Evaluate
@@ -41,7 +42,8 @@ def folder_for(config: TrainConfig) -> Path:
     if config.resume and (begun := _newest_run(config)) is not None:
         return begun
     [first, *_] = open_sources(config.specs)
-    return config.models / free_name(base_name(first), config.models)
+    wanted = base_name(first)
+    return config.models / (clean_name(wanted) if config.overwrite else free_name(wanted, config.models))
 
 
 def _newest_run(config: TrainConfig) -> Path | None:
@@ -131,7 +133,8 @@ def refuse_other_settings(kept: Mapping[str, Any], config: TrainConfig, *, diges
     asked, before = settings_asked(config), kept["asked"] | {"seed": kept["seed"]}
     for name, value in asked.items():
         if value is not None and value != before.get(name):
-            option = f"--{name.replace('_', '-')}"
+            only_set = name in config.overrides and name not in OPTIONS
+            option = f"--set {name}" if only_set else f"--{name.replace('_', '-')}"
             known = before.get(name)
             begun = f"without {option}, not with" if known is None else f"with {option} {known}, not"
             raise UsageError(f"{folder} was begun {begun} {value}. Resume without it, or train under another --name")

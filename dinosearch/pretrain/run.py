@@ -22,6 +22,9 @@ from dinosearch.pretrain.schedules import cosine
 from dinosearch.pretrain.views import BatchGenerator, multi_crop
 from dinosearch.vit.folder import ModelFacts, ModelFolder, create_vit, n_features, save_model
 
+_SEEDS = 2**63
+"""So many seeds does torch take."""
+
 
 @dataclass
 class Outcome:
@@ -84,8 +87,8 @@ class Run:
 
         step: its number, which seeds the crops. done: share of the run that is over, which sets the schedules.
         """
-        seed = self.seed * 1_000_003 + step
-        torch.manual_seed(seed * self.team.size + self.team.rank)  # stochastic depth
+        seed = (self.seed * 1_000_003 + step) % _SEEDS
+        torch.manual_seed((seed * self.team.size + self.team.rank) % _SEEDS)  # stochastic depth
         generator = BatchGenerator()
         generator.team = self.team
         generator.manual_seed(seed)

@@ -4,9 +4,9 @@
 state that a resumed process would lack: a run that was interrupted ends with the tensors of one that was not.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from dinosearch.pretrain.device import choose_device, describe_machine, keep_fre
 from dinosearch.pretrain.distill import Mentor
 from dinosearch.pretrain.distributed import Team, teamwork
 from dinosearch.pretrain.gather import decode_pool, gather_images, images_digest
+from dinosearch.pretrain.hold import held_run
 from dinosearch.pretrain.logs import open_logs
 from dinosearch.pretrain.memory import available_bytes, forecast, out_of_memory_explained, ways_to_save
 from dinosearch.pretrain.plan import Plan, plan_from_facts, plan_length
@@ -48,7 +49,7 @@ from dinosearch.pretrain.resume import (
 )
 from dinosearch.pretrain.run import Run
 from dinosearch.pretrain.warmstart import keep_start
-from dinosearch.vit.folder import Note, quiet, remove_model
+from dinosearch.vit.folder import Note, quiet
 
 FAILED = "failed.jsonl"
 """Lists the images that were left out, in the run's folder."""
@@ -72,8 +73,8 @@ def train(
     torch.set_num_threads(min(torch.get_num_threads(), n_cores()))  # a container's quota, not the host's cores
     if device.type == "cpu":
         keep_freed_memory()
-    with teamwork(device.type) as team, decode_pool(n_beside=team.n_beside) as pool:
-        items = _train(config, device, team, pool, note=note if team.leads else quiet, stop=stop, began=began)
+    with teamwork(device.type) as team, decode_pool(n_beside=team.n_beside) as pool, ExitStack() as hold:
+        items = _train(config, device, team, pool, hold, note=note if team.leads else quiet, stop=stop, began=began)
         yield from (item for item in items if team.leads)
 
 
@@ -82,11 +83,13 @@ def _train(
     device: torch.device,
     team: Team,
     pool: DecodePool,
+    hold: ExitStack,
     *,
     note: Note,
     stop: Callable[[], bool],
     began: float,
 ) -> Iterator[Progress]:
+    """hold: takes what keeps the run's folder, to be let go after the run."""
     folder = Path(team.told(lambda: str(folder_for(config))))
     checkpoint = last_checkpoint(folder / "training", note=note) if config.resume else None
     kept = checkpoint.facts if checkpoint else None
@@ -121,7 +124,7 @@ def _train(
         )
     _check_parts(beginning.recipe, team)
     with out_of_memory_explained(beginning.recipe):
-        run = _open_run(config, beginning, folder, device=device, team=team, resumed=kept is not None)
+        run = _open_run(config, beginning, folder, hold, device=device, team=team, resumed=kept is not None)
         note(f"model: {folder}, on {describe_machine(device, team)}")
         if config.steps == 0:
             yield from _export_untrained(config, beginning, run, folder, n_images=len(images), began=began)
@@ -222,9 +225,16 @@ def _check_parts(recipe: Recipe, team: Team) -> None:
 
 
 def _open_run(
-    config: TrainConfig, beginning: Beginning, folder: Path, *, device: torch.device, team: Team, resumed: bool
+    config: TrainConfig,
+    beginning: Beginning,
+    folder: Path,
+    hold: ExitStack,
+    *,
+    device: torch.device,
+    team: Team,
+    resumed: bool,
 ) -> Run:
-    """The networks; then the run's folder, where a model to overwrite goes now: it stays if they cannot be made."""
+    """The networks; then the run's folder, where a model to overwrite is put aside only if they can be made."""
     start, mentor = beginning.start, beginning.mentor
     run = Run(
         beginning.recipe,
@@ -236,9 +246,7 @@ def _open_run(
     )
     team.follow(0)  # all have read the models that they learn from, one of which may go
     if team.leads:
-        if config.overwrite and not resumed and folder.exists():
-            remove_model(folder)
-        (folder / "training").mkdir(parents=True, exist_ok=True)
+        hold.enter_context(held_run(folder, resumed=resumed, replace=config.overwrite or config.resume))
         keep_places(config, folder)
         if start is not None and not resumed:
             keep_start(start, folder / "training")
@@ -286,7 +294,6 @@ def _read(
         if stop() and n_read < n_images and team.size == 1:
             if resumed:
                 raise Interrupted(f"stopped while reading: {folder} is as it was, --resume goes on from there")
-            shutil.rmtree(folder)
             raise Interrupted("stopped before anything was learnt: there is nothing to save")
     if team.leads:
         bank.write_failed(folder / "training" / FAILED)

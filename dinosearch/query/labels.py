@@ -3,8 +3,8 @@
 The CSV has a header and the columns path, label and, if wanted, split; others are ignored. Paths may be relative to it,
 relative to a root of the index, or absolute; the first of these that is indexed counts, and a URL as it is.
 
-By folders, the first one below an image's root is its label. Where these are `train` and `test` (or `val`) with folders
-in them, as in ImageNet's layout, they are the split, and the next one is the label.
+By folders, the first one below an image's root is its label. Where these are `train` and `test`, `val` or both with
+folders in them, as in ImageNet's layout, they are the split (both are tested on), and the next one is the label.
 
 Of a file of several pages the first counts.
 """
@@ -28,7 +28,7 @@ TRAIN = "train"
 TEST = "test"
 BY_FOLDER = "folders"
 """Given in place of a CSV's path; a CSV of that name is `./folders`."""
-_SPLIT_FOLDERS = ({"train", "test"}, {"train", "val"})
+_SPLIT_FOLDERS = ({"train", "test"}, {"train", "val"}, {"train", "val", "test"})
 
 
 @dataclass(frozen=True, slots=True)

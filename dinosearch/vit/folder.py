@@ -303,9 +303,14 @@ def _umask() -> int:
     return current
 
 
+def clean_name(wanted: str) -> str:
+    """`wanted` without what does not belong in a folder's name."""
+    return re.sub(r"[^\w.+-]+", "-", wanted).strip("-.") or "images"
+
+
 def free_name(wanted: str, folder: Path) -> str:
     """`wanted`, or `wanted-2`, `wanted-3`, … : the first that does not exist in `folder`."""
-    clean = re.sub(r"[^\w.+-]+", "-", wanted).strip("-.") or "images"
+    clean = clean_name(wanted)
     names = [clean, *(f"{clean}-{i}" for i in range(2, 10_000))]
     return next(name for name in names if not (folder / name).exists())
 
