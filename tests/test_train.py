@@ -470,9 +470,9 @@ def test_what_a_killed_run_was_to_replace_is_not_lost(images: Path, tmp_path: Pa
 def test_a_folder_has_one_run_at_a_time(images: Path, tmp_path: Path) -> None:
     running = train(TrainConfig(images=(images,), models=tmp_path, steps=6, overrides=QUICK))
     assert next(item for item in running if item.phase == "training")
-    for settings in ({"resume": True}, {"name": "digits", "overwrite": True}):
+    for settings in ({"resume": True}, {"overwrite": True}):
         with pytest.raises(ModelLocked, match=f"digits is being trained by process {os.getpid()} on"):
-            run(images, tmp_path, steps=6, **settings)
+            run(tmp_path / "nowhere", tmp_path, steps=6, name="digits", **settings)  # told before images are looked for
     assert list(running)[-1].report is not None
     with pytest.raises(ModelLocked, match="meanwhile"), held_run(tmp_path / "digits", resumed=False, replace=False):
         pass

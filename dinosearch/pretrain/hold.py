@@ -35,6 +35,13 @@ def held_run(folder: Path, *, resumed: bool, replace: bool) -> Iterator[None]:
         yield
 
 
+def refuse_held(folder: Path) -> None:
+    """Raises ModelLocked while another process trains in `folder`, before anything is looked at for nothing."""
+    if (folder / "training" / "lock").exists():
+        with _lock(folder):
+            pass
+
+
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
     (folder / "training").mkdir(parents=True, exist_ok=True)

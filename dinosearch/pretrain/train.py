@@ -32,7 +32,7 @@ from dinosearch.pretrain.device import choose_device, describe_machine, keep_fre
 from dinosearch.pretrain.distill import Mentor
 from dinosearch.pretrain.distributed import Team, teamwork
 from dinosearch.pretrain.gather import decode_pool, gather_images, images_digest
-from dinosearch.pretrain.hold import held_run
+from dinosearch.pretrain.hold import held_run, refuse_held
 from dinosearch.pretrain.logs import open_logs
 from dinosearch.pretrain.memory import available_bytes, forecast, out_of_memory_explained, ways_to_save
 from dinosearch.pretrain.plan import Plan, plan_from_facts, plan_length
@@ -91,6 +91,8 @@ def _train(
 ) -> Iterator[Progress]:
     """hold: takes what keeps the run's folder, to be let go after the run."""
     folder = Path(team.told(lambda: str(folder_for(config))))
+    if team.leads:
+        refuse_held(folder)
     checkpoint = last_checkpoint(folder / "training", note=note) if config.resume else None
     kept = checkpoint.facts if checkpoint else None
     if config.resume and kept is None:
