@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 
 import dinosearch.pretrain.course as course_module
 from dinosearch.errors import DinosearchError
+from dinosearch.pretrain.alarm import Alarm, Watch
 from dinosearch.pretrain.checkpoint import last_checkpoint
 from dinosearch.pretrain.config import TrainConfig
 from dinosearch.pretrain.course import TrainReport
+from dinosearch.pretrain.plan import Plan
+from dinosearch.pretrain.recipe import momentum_for
 from dinosearch.pretrain.train import train
 from dinosearch.vit.folder import open_model
 
@@ -152,6 +155,25 @@ def test_a_run_stopped_around_an_alarm_ends_like_one_that_was_not(images: Path, 
         for name in ("whole", "half")
     ]
     assert looks[0] == looks[1]
+
+
+def test_a_resumed_time_budget_keeps_the_momentum_that_an_alarm_chose(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adapt(self: Plan, step: int, *, seconds_per_step: float) -> None:  # noqa: ARG001 - the clock is not asked
+        self.total_steps = 40
+
+    alarms = iter([Alarm("collapse", "said the test")])
+    monkeypatch.setattr(Plan, "adapt", adapt)
+    monkeypatch.setattr(Watch, "judge", lambda *_, **__: next(alarms, None))
+    planned, _ = momentum_for(40)
+    asked = iter(range(25))
+    half = run(images, tmp_path, name="a", minutes=1, stop=lambda: next(asked, None) is None)
+    assert (half.stopped, len(half.health["alarms"])) == (True, 1)
+    assert open_model(tmp_path / "a").trained["recipe"]["teacher_momentum"] == (1 + planned) / 2
+    whole = run(images, tmp_path, name="a", resume=True)
+    assert (whole.stopped, whole.steps) == (False, 40)
+    assert open_model(tmp_path / "a").trained["recipe"]["teacher_momentum"] == (1 + planned) / 2
 
 
 @pytest.mark.parametrize("steps", [15, 20])

@@ -155,6 +155,8 @@ class Course:
         else:
             facts, tensors = checkpoint.facts, checkpoint.tensors()
             self.first_step = facts["step"]
+            if "planned_momentum" in facts:  # the recipe's may be an alarm's
+                self._planned_momentum = facts["planned_momentum"]
             run.put_back(tensors)
             self._losses.extend(torch.tensor(loss, device=run.device) for loss in facts["losses"])
             self.guard = Guard(run, step=self.first_step, note=note, remembered=facts["guard"], tensors=tensors)
@@ -337,6 +339,7 @@ class Course:
         facts = {
             **self.kept,
             "recipe": self.run.recipe.facts(),
+            "planned_momentum": self._planned_momentum,
             "step": step,
             "plan": self.plan.facts(),
             "losses": losses,
