@@ -186,3 +186,14 @@ def test_both_lie_in_the_model_folder(tmp_path: Path) -> None:
     write_card(a_model(tmp_path))
     assert Image.open(tmp_path / "curves.png").format == "PNG"
     assert "](curves.png)" in (tmp_path / "README.md").read_text()
+
+
+def test_a_torn_line_of_the_metrics_costs_its_own_points_alone(tmp_path: Path) -> None:
+    (tmp_path / "training").mkdir()
+    first, second, torn, last = (json.dumps(line(step)) for step in (1, 50, 100, 150))
+    pictures = []
+    for lines in ([first, second, last], [first, second, torn[:20] + torn, last, torn[:-1]]):
+        (tmp_path / "training" / "metrics.jsonl").write_text("\n".join(lines))
+        write_card(a_model(tmp_path))
+        pictures.append((tmp_path / "curves.png").read_bytes())
+    assert pictures[0] == pictures[1]

@@ -1,5 +1,6 @@
 """Whole runs on a few small images: what they learn from, leave behind, refuse, and how they go on."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import dinosearch.pretrain.plan as plan_module
 import dinosearch.pretrain.recipe as recipe_module
+import dinosearch.pretrain.train as train_module
 from dinosearch.errors import DinosearchError, Interrupted, ModelLocked, UsageError
 from dinosearch.pretrain.bank import ImageBank, batch_indices
 from dinosearch.pretrain.checkpoint import Checkpoint, last_checkpoint
@@ -524,6 +526,25 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(images: Path, tmp_path: 
     assert sorted((tmp_path / "a" / "training").iterdir()) == sorted([*before, *others])
     again, _ = run(images, tmp_path, name="a", resume=True)
     assert again.fingerprint == report.fingerprint
+
+
+def test_a_log_on_a_full_disk_is_given_up_and_not_the_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def write(self, _line: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            raise AssertionError("it was given up")
+
+    monkeypatch.setattr(train_module, "open_logs", lambda *_, **__: [Full()])
+    said: list[str] = []
+    report, _ = run(images, tmp_path, steps=60, note=said.append)
+    assert report.steps == 60
+    assert [line for line in said if "ends here" in line] == [
+        "a log of --log ends here ([Errno 28] No space left on device); training goes on"
+    ]
 
 
 def test_another_number_of_threads_is_told(images: Path, tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
 """A model's README.md: what it was taught from, how, how it went, and what not to expect of it."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dinosearch.pretrain.curves import draw_curves
+from dinosearch.pretrain.metrics import METRICS, read_metrics
 from dinosearch.vit.folder import ModelFolder, write_whole
 
 CURVES = "curves.png"
@@ -28,7 +27,7 @@ QUALITY = {
 
 def write_card(model: ModelFolder) -> None:
     """Write `README.md`, and `curves.png` where there is a run to draw, into the model's folder."""
-    drawn = draw_curves(_metrics(model.path / "training" / "metrics.jsonl"), model.path / CURVES)
+    drawn = draw_curves(read_metrics(model.path / "training" / METRICS), model.path / CURVES)
     write_whole(model.path / "README.md", card(model, curves=drawn).encode("utf-8", "surrogateescape"))
 
 
@@ -194,12 +193,6 @@ def _alarms(trained: Mapping[str, Any]) -> list[str]:
         for alarm in alarms
     ]
     return ["Alarms on the way; the recipe below is the one it ended with:", "\n".join(told)]
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:

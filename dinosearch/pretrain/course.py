@@ -1,9 +1,7 @@
 """The loop over steps: feeds the run, keeps time, writes metrics and checkpoints, exports the model."""
 
 import copy
-import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ from dinosearch.pretrain.device import use_huge_pages
 from dinosearch.pretrain.guard import Guard
 from dinosearch.pretrain.health import Health
 from dinosearch.pretrain.logs import Log
+from dinosearch.pretrain.metrics import METRICS, Metrics
 from dinosearch.pretrain.plan import Plan
 from dinosearch.pretrain.quality import Best, Look, Quality, measure_quality, sample_rows
 from dinosearch.pretrain.recipe import momentum_for
@@ -131,7 +130,7 @@ class Course:
         self.began = began
         self.kept = kept
         self.trained = trained
-        self.logs = logs
+        self.logs = list(logs)
         self.note = note
         self.first_step = 0
         self.health: Health | None = None
@@ -146,10 +145,7 @@ class Course:
         self._rows = sample_rows(len(bank), batch_size=run.recipe.batch_size)
         self._losses: deque[Tensor] = deque(maxlen=LOOK_EVERY)
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
-        self._metrics_path = folder / "training" / "metrics.jsonl"
         if checkpoint is None:
-            if run.team.leads:
-                self._metrics_path.write_bytes(b"")
             self.guard = Guard(run, step=0, note=note)
             self.best = Best()
         else:
@@ -161,8 +157,9 @@ class Course:
             self._losses.extend(torch.tensor(loss, device=run.device) for loss in facts["losses"])
             self.guard = Guard(run, step=self.first_step, note=note, remembered=facts["guard"], tensors=tensors)
             self.best = Best(facts["best"], tensors)
-            if run.team.leads and self._metrics_path.is_file():  # lines about steps that will be made again
-                os.truncate(self._metrics_path, min(facts["metrics_bytes"], self._metrics_path.stat().st_size))
+        if run.team.leads:  # later lines are about steps that will be made again
+            n_bytes = checkpoint.facts["metrics_bytes"] if checkpoint else 0
+            self.metrics = Metrics(folder / "training" / METRICS, n_bytes=n_bytes, note=note)
 
     def follow(self, *, checkpoint_every: float, strict: bool, stop: Callable[[], bool]) -> Iterator[Progress]:
         batch, team = self.run.recipe.batch_size, self.run.team
@@ -321,13 +318,17 @@ class Course:
     def _write_line(self, facts: Mapping[str, Any]) -> None:
         if not self.run.team.leads:
             return
-        try:
-            with self._metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(facts, allow_nan=False) + "\n")
-        except OSError as error:
-            self.note(f"{self._metrics_path} lacks a line ({first_line(error)}); training goes on")
-        for log in self.logs:
-            log.write(facts)
+        self.metrics.write(facts)
+        self._tell_logs(lambda log: log.write(facts))
+
+    def _tell_logs(self, tell: Callable[[Log], None]) -> None:
+        """A log that cannot be written, on a full disk say, is given up: it costs no run."""
+        for log in list(self.logs):
+            try:
+                tell(log)
+            except OSError as error:
+                self.note(f"a log of --log ends here ({first_line(error)}); training goes on")
+                self.logs.remove(log)
 
     def _save(self, step: int, *, report: TrainReport | None) -> bool:
         """Write a checkpoint, unless a weight is no number. On a full disk those before stay, and the run goes on."""
@@ -345,7 +346,7 @@ class Course:
             "losses": losses,
             "guard": self.guard.facts(),
             "best": self.best.facts(),
-            "metrics_bytes": self._metrics_path.stat().st_size,
+            "metrics_bytes": self.metrics.n_bytes,
             "report": asdict(report) if report else None,
         }
         tensors = self.guard.tensors(step) | self.best.tensors()
@@ -403,8 +404,7 @@ class Course:
             raise DinosearchError(
                 f"the model cannot be written ({first_line(error)}). Free some space; --resume then goes on"
             ) from error
-        for log in self.logs:
-            log.close()
+        self._tell_logs(lambda log: log.close())
         report = report_on(
             model,
             trained,
