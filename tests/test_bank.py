@@ -101,6 +101,7 @@ def test_bad_files_are_listed_and_left_out(tmp_path: Path, pool: DecodePool) -> 
     (tmp_path / "1a.png").write_bytes(b"no image")
     bank = filled(images_of(tmp_path), tmp_path, pool, grey=True)
     assert len(bank) == 3
+    assert bank.unreadable == [3]
     bank.write_failed(tmp_path / "failed.jsonl")
     [line] = (tmp_path / "failed.jsonl").read_text().splitlines()
     assert json.loads(line) == {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,6 +106,40 @@ def test_a_batch_that_cannot_be_cut_evenly_is_wrong_usage(work: Path) -> None:
     done = torchrun(*TRAIN, "--batch-size", "7", "--steps", "2", cwd=work)
     assert done.returncode != 0
     assert "Try --batch-size 6" in done.stderr, "less, since there may be no more images"
+
+
+@pytest.mark.parametrize(
+    ("only_in_one", "told"),
+    [
+        ("bank.squares_of = less", r"process 0 of this run can read \S+/digits/7\.png and process 1 cannot"),
+        ("train.images_digest = len", "process 1 of this run finds other images than process 0"),
+    ],
+)
+def test_processes_that_see_other_images_end_with_a_line(work: Path, only_in_one: str, told: str) -> None:
+    (work / "worker.py").write_text(
+        f"""import os
+from dinosearch.cli import main
+from dinosearch.images import BadImage
+from dinosearch.pretrain import bank, train
+
+squares_of = bank.squares_of
+
+
+def less(images, pool):
+    for image, picture in squares_of(images, pool):
+        yield image, BadImage("unreadable", "gone") if image.shown_path().endswith("/7.png") else picture
+
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == "1":
+        {only_in_one}
+    main()
+"""
+    )
+    done = torchrun("worker.py", *TRAIN[2:], "--steps", "4", cwd=work)
+    assert done.returncode != 0
+    assert re.search(rf"error: {told}\. Give all of them the same files", done.stderr)
+    assert not list(work.glob("models/*/weights.safetensors"))
 
 
 def test_the_others_end_when_one_process_dies(work: Path) -> None:

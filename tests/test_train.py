@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -15,14 +16,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import dinosearch.pretrain.device as device_module
 import dinosearch.pretrain.plan as plan_module
 import dinosearch.pretrain.recipe as recipe_module
 import dinosearch.pretrain.train as train_module
 from dinosearch.errors import DinosearchError, Interrupted, ModelLocked, UsageError
 from dinosearch.pretrain.bank import ImageBank, batch_indices
-from dinosearch.pretrain.checkpoint import Checkpoint, last_checkpoint
+from dinosearch.pretrain.checkpoint import Checkpoint, last_checkpoint, save_checkpoint
 from dinosearch.pretrain.config import TrainConfig
 from dinosearch.pretrain.course import Evaluate, Progress, TrainReport
+from dinosearch.pretrain.distributed import ALONE
 from dinosearch.pretrain.hold import held_run
 from dinosearch.pretrain.recipe import FITS
 from dinosearch.pretrain.train import train
@@ -247,6 +250,42 @@ def test_resume_refuses_other_settings_and_other_images(images: Path, tmp_path: 
         (fewer / path.name).write_bytes(path.read_bytes())
     with pytest.raises(DinosearchError, match="the images are not those"):
         run(fewer, tmp_path, name="a", resume=True)
+
+
+@pytest.mark.parametrize(("readable_at_first", "told"), [(True, "Restore it"), (False, "Make it unreadable again")])
+def test_resume_refuses_other_readable_images(
+    images: Path, tmp_path: Path, *, readable_at_first: bool, told: str
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    whole = (folder / "3.png").read_bytes()
+    contents = [whole, bytes(len(whole))][:: 1 if readable_at_first else -1]  # of one size
+    (folder / "3.png").write_bytes(contents[0])
+    run(folder, tmp_path, name="a", steps=6, stop=stops_after(4))
+    before = checkpoint_of(tmp_path / "a").path.read_bytes()
+    (folder / "3.png").write_bytes(contents[1])
+    with pytest.raises(DinosearchError, match=rf"images/3\.png.*{told}, or start over with --overwrite --name a"):
+        run(folder, tmp_path, name="a", resume=True)
+    assert checkpoint_of(tmp_path / "a").path.read_bytes() == before
+    (folder / "3.png").write_bytes(contents[0])
+    resumed, _ = run(folder, tmp_path, name="a", resume=True)
+    unbroken, _ = run(folder, tmp_path, name="b", steps=6)
+    assert resumed.fingerprint == unbroken.fingerprint
+
+
+def test_a_checkpoint_from_before_readable_images_and_torch_were_told_is_gone_on_from(
+    images: Path, tmp_path: Path
+) -> None:
+    run(images, tmp_path, name="a", steps=6, stop=stops_after(4))
+    now = checkpoint_of(tmp_path / "a")
+    facts = {name: value for name, value in now.facts.items() if name not in ("unreadable", "planned_momentum")}
+    earlier = facts | {"computed_on": "1 CPU thread"}
+    save_checkpoint(now.path.parent, step=facts["step"], tensors=now.tensors(), facts=earlier)
+    said: list[str] = []
+    report, _ = run(images, tmp_path, name="a", resume=True, note=said.append)
+    assert report.steps == 6
+    assert not [line for line in said if "not bit-equal" in line]
+    assert checkpoint_of(tmp_path / "a").facts["unreadable"] == []
 
 
 def test_resume_without_a_checkpoint_starts_over_and_says_so(images: Path, tmp_path: Path) -> None:
@@ -552,7 +591,17 @@ def test_another_number_of_threads_is_told(images: Path, tmp_path: Path) -> None
     said: list[str] = []
     torch.set_num_threads(2)
     run(images, tmp_path, name="a", resume=True, note=said.append)
-    assert any("begun on 1 CPU thread, not 2 CPU threads" in line for line in said)
+    [told] = [line for line in said if "not bit-equal" in line]
+    assert re.search(rf"begun on 1 CPU thread, torch {re.escape(torch.__version__)} in \w+, not on 2 CPU threads", told)
+
+
+@pytest.mark.parametrize(("bf16", "numbers"), [(True, "bf16"), (False, "fp32")])
+def test_a_cpu_is_described_by_what_decides_about_bits(
+    monkeypatch: pytest.MonkeyPatch, *, bf16: bool, numbers: str
+) -> None:
+    monkeypatch.setattr(device_module, "has_bf16", lambda _device: bf16)
+    monkeypatch.setattr(torch, "__version__", "9.8.7")
+    assert device_module.describe_machine(torch.device("cpu"), ALONE) == f"1 CPU thread, torch 9.8.7 in {numbers}"
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(images: Path, tmp_path: Path) -> None:

@@ -111,6 +111,12 @@ class ImageBank:
         return self._pixels[: self._n_kept]
 
     @property
+    def unreadable(self) -> list[int]:
+        """Numbers, among the images given, of those without usable pixels: with these all batches would be others."""
+        paths = {path for path, _ in self.failed}
+        return [i for i, image in enumerate(self._images) if image.shown_path() in paths] if paths else []
+
+    @property
     def aspect(self) -> np.ndarray:
         """float32 [n], width / height of the images before they were squeezed into squares."""
         return self._aspect[: self._n]

@@ -33,10 +33,14 @@ def choose_device(wanted: str) -> torch.device:
 def describe_machine(device: torch.device, team: Team) -> str:
     """What decides about the last bits of a result, for people."""
     processes = f"{team.size} processes with " if team.size > 1 else ""
+    named, numbers = str(device), ""
     if device.type == "cuda":
-        return f"{processes}{device} ({torch.cuda.get_device_name(device)})"
-    n_threads = torch.get_num_threads()
-    return processes + (f"{n_threads} CPU thread{'s' * (n_threads != 1)}" if device.type == "cpu" else str(device))
+        named = f"{device} ({torch.cuda.get_device_name(device)})"
+    elif device.type == "cpu":
+        n_threads = torch.get_num_threads()
+        named = f"{n_threads} CPU thread{'s' * (n_threads != 1)}"
+        numbers = " in bf16" if has_bf16(device) else " in fp32"
+    return f"{processes}{named}, torch {torch.__version__}{numbers}"
 
 
 def keep_freed_memory() -> None:

@@ -45,17 +45,22 @@ class Team:
         n_each = len(whole) // self.size
         return whole[self.rank * n_each : (self.rank + 1) * n_each]
 
-    def told(self, say: Callable[[], Any]) -> Any:
-        """What the leader says, as JSON keeps it; only the leader is asked."""
+    def told(self, say: Callable[[], Any], *, by: int = 0) -> Any:
+        """What the leader says, or the process numbered `by`, as JSON keeps it; only that one is asked."""
         if self.size == 1:
             return say()
-        words = torch.frombuffer(bytearray(json.dumps(say()).encode()), dtype=torch.uint8) if self.leads else None
+        speaks = self.rank == by
+        words = torch.frombuffer(bytearray(json.dumps(say()).encode()), dtype=torch.uint8) if speaks else None
         n_bytes = torch.tensor([0 if words is None else len(words)])
         with _one_line_for_lost_peers():
-            distributed.broadcast(n_bytes, src=0)
+            distributed.broadcast(n_bytes, src=by)
             heard = torch.empty(int(n_bytes), dtype=torch.uint8) if words is None else words
-            distributed.broadcast(heard, src=0)
+            distributed.broadcast(heard, src=by)
         return json.loads(heard.numpy().tobytes())
+
+    def told_by_each(self, what: Any) -> list[Any]:
+        """What every process says, in their order, as JSON keeps it: so all come to the same conclusion."""
+        return [self.told(lambda: what, by=rank) for rank in range(self.size)]
 
     def in_turn(self, do: Callable[[], T]) -> T:
         """The leader does it first: what it leaves on disk, the others find there."""

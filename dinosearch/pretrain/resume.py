@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,9 @@ from dinosearch.pretrain.overrides import OPTIONS
 from dinosearch.vit.folder import Note, clean_name, free_name, path_for
 
 if TYPE_CHECKING:
+    from dinosearch.pretrain.bank import ImageBank
     from dinosearch.pretrain.course import Evaluate
+    from dinosearch.pretrain.gather import TrainingImage
 
 SOURCES = "sources.json"
 """Where the images of a run are, in its folder: by that `--resume` without a name finds it."""
@@ -147,6 +149,27 @@ def refuse_other_settings(kept: Mapping[str, Any], config: TrainConfig, *, diges
         raise DinosearchError(
             f"the images are not those that {folder} was begun with. Restore them, or train under another --name"
         )
+
+
+def refuse_other_readable(
+    kept: Mapping[str, Any], bank: ImageBank, images: Sequence[TrainingImage], *, folder: Path
+) -> None:
+    """Raises DinosearchError where other images can be read than when a run was begun: its batches would be others."""
+    unreadable = bank.unreadable
+    before = kept.get("unreadable", unreadable)  # earlier checkpoints do not tell
+    different = set(before).symmetric_difference(unreadable)
+    if not different:
+        return
+    first = min(different)
+    path = images[first].shown_path()
+    more = f", as {len(different) - 1} more have changed" if len(different) > 1 else ""
+    over = f"or start over with --overwrite --name {folder.name} instead of --resume"
+    if first in before:
+        told = f"could not be read when {folder} was begun and can be now{more}. Make it unreadable again"
+    else:
+        bad = dict(bank.failed)[path]
+        told = f"could be read when {folder} was begun and cannot any more ({bad.reason}){more}. Restore it"
+    raise DinosearchError(f"{path} {told}, {over}")
 
 
 def settings_asked(config: TrainConfig) -> dict[str, Any]:

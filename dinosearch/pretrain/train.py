@@ -5,7 +5,7 @@ state that a resumed process would lack: a run that was interrupted ends with th
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from dinosearch.pretrain.course import Course, Progress, TrainReport, report_on
 from dinosearch.pretrain.device import choose_device, describe_machine, keep_freed_memory
 from dinosearch.pretrain.distill import Mentor
 from dinosearch.pretrain.distributed import Team, teamwork
-from dinosearch.pretrain.gather import decode_pool, gather_images, images_digest
+from dinosearch.pretrain.gather import TrainingImage, decode_pool, gather_images, images_digest
 from dinosearch.pretrain.hold import held_run, refuse_held
 from dinosearch.pretrain.logs import open_logs
 from dinosearch.pretrain.memory import available_bytes, forecast, out_of_memory_explained, ways_to_save
@@ -41,6 +41,7 @@ from dinosearch.pretrain.resume import (
     folder_for,
     keep_places,
     labels_place,
+    refuse_other_readable,
     refuse_other_settings,
     remembered_evaluate,
     remembered_logs,
@@ -90,6 +91,7 @@ def _train(
     began: float,
 ) -> Iterator[Progress]:
     """hold: takes what keeps the run's folder, to be let go after the run."""
+    machine = describe_machine(device, team)
     folder = Path(team.told(lambda: str(folder_for(config))))
     if team.leads:
         refuse_held(folder)
@@ -105,6 +107,7 @@ def _train(
     options = scan_options(config, kept or {})
     images = gather_images(config.specs, options, note=note)
     digest = images_digest(images)
+    _refuse_other_images(team, digest)
     if kept is None:
         beginning = team.in_turn(lambda: choose_beginning(config, images, device=device, pool=pool, note=note))
     else:
@@ -114,8 +117,8 @@ def _train(
             yield Progress("done", kept["step"], kept["step"], report=TrainReport(**kept["report"]))
             return
         note(f"resuming {folder} at step {kept['step']} of {kept['plan']['total_steps']}")
-        if kept["computed_on"] != describe_machine(device, team):
-            note(f"it was begun on {kept['computed_on']}, not {describe_machine(device, team)}: not bit-equal any more")
+        if kept["computed_on"] not in (machine, machine.partition(", torch")[0]):  # earlier runs did not tell torch
+            note(f"it was begun on {kept['computed_on']}, not on {machine}: not bit-equal any more")
         beginning = remember_beginning(kept, config, folder=folder)
     logs = remembered_logs(config, kept or {}, note)
     select = config.select or (kept or {}).get("select", "quality")
@@ -127,7 +130,7 @@ def _train(
     _check_parts(beginning.recipe, team)
     with out_of_memory_explained(beginning.recipe):
         run = _open_run(config, beginning, folder, hold, device=device, team=team, resumed=kept is not None)
-        note(f"model: {folder}, on {describe_machine(device, team)}")
+        note(f"model: {folder}, on {machine}")
         if config.steps == 0:
             yield from _export_untrained(config, beginning, run, folder, n_images=len(images), began=began)
             return
@@ -143,7 +146,7 @@ def _train(
             team=team,
         )
         note(f"cache: {bank}")
-        yield from _read(bank, folder, n_images=len(images), team=team, resumed=kept is not None, stop=stop, note=note)
+        yield from _read(bank, folder, images, team=team, kept=kept, stop=stop, note=note)
         if len(bank) < beginning.recipe.batch_size:
             if kept is not None:
                 raise DinosearchError(
@@ -190,9 +193,10 @@ def _train(
                 "grey": beginning.grey,
                 "side": beginning.side,
                 "images_digest": digest,
+                "unreadable": bank.unreadable,
                 "exclude": options.exclude,
                 "include_hidden": options.include_hidden,
-                "computed_on": describe_machine(device, team),
+                "computed_on": machine,
                 "reasons": beginning.why,
                 "asked": settings_asked(config) if kept is None else kept["asked"],
                 "logs": logs,
@@ -216,6 +220,29 @@ def _train(
             ),
         )
         yield from course.follow(checkpoint_every=config.checkpoint_every, strict=config.strict, stop=stop)
+
+
+def _refuse_other_images(team: Team, digest: str) -> None:
+    leader, *others = team.told_by_each(digest)
+    for rank, found in enumerate(others, start=1):
+        if found != leader:
+            raise DinosearchError(
+                f"process {rank} of this run finds other images than process 0. Give all of them the same files, then "
+                "train again"
+            )
+
+
+def _refuse_other_readable(team: Team, bank: ImageBank, images: Sequence[TrainingImage]) -> None:
+    """All processes shuffle what they can read: with one file more in one of them, batches would have no order left."""
+    leader, *others = (set(numbers) for numbers in team.told_by_each(bank.unreadable))
+    for rank, numbers in enumerate(others, start=1):
+        if different := leader ^ numbers:
+            first = min(different)
+            reads, fails = (rank, 0) if first in leader else (0, rank)
+            raise DinosearchError(
+                f"process {reads} of this run can read {images[first].shown_path()} and process {fails} cannot. Give "
+                "all of them the same files, then train again"
+            )
 
 
 def _check_parts(recipe: Recipe, team: Team) -> None:
@@ -283,20 +310,27 @@ def _trained(config: TrainConfig, beginning: Beginning, *, n_images: int) -> dic
 def _read(
     bank: ImageBank,
     folder: Path,
+    images: Sequence[TrainingImage],
     *,
-    n_images: int,
     team: Team,
-    resumed: bool,
+    kept: Mapping[str, Any] | None,
     stop: Callable[[], bool],
     note: Note,
 ) -> Iterator[Progress]:
-    """Fill the bank, and list what could not be read."""
+    """Fill the bank, and list what could not be read. Raises DinosearchError where that differs from what it has to be.
+
+    kept: the facts of the run that is resumed.
+    """
+    n_images = len(images)
     for n_read in bank.read():
         yield Progress("reading", n_read, n_images)
         if stop() and n_read < n_images and team.size == 1:
-            if resumed:
+            if kept is not None:
                 raise Interrupted(f"stopped while reading: {folder} is as it was, --resume goes on from there")
             raise Interrupted("stopped before anything was learnt: there is nothing to save")
+    _refuse_other_readable(team, bank, images)
+    if kept is not None:
+        refuse_other_readable(kept, bank, images, folder=folder)
     if team.leads:
         bank.write_failed(folder / "training" / FAILED)
     if bank.failed:
