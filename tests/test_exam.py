@@ -1,13 +1,19 @@
 """Labels beside a run: k-NN accuracy of a backbone, from a CSV or from folders."""
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from indexing import never
+from PIL import Image, ImageFile
+from typer.testing import CliRunner
 
+from dinosearch.cli import app
 from dinosearch.errors import DinosearchError, UsageError
+from dinosearch.images.source import ScanOptions
 from dinosearch.pretrain.config import TrainConfig
 from dinosearch.pretrain.train import train
 from dinosearch.query.exam import Exam, open_exam
@@ -67,6 +73,40 @@ def test_files_that_cannot_be_read_are_left_out(tiny_model: ModelFolder, squares
     accuracy, n_asked = open_exam("folders", [squares])(tiny_model.load_vit(), tiny_model)
     assert 0 <= accuracy <= 1
     assert n_asked == 8, "a fifth of 20 in each of two folders; the bad one is in none"
+
+
+def test_images_that_training_passes_over_are_no_class(tiny_model: ModelFolder, squares: Path) -> None:
+    vit = tiny_model.load_vit()
+    before = open_exam("folders", [squares])(vit, tiny_model)
+    for folder in ("unsorted", ".hidden"):
+        (squares / folder).mkdir()
+        for path in sorted((squares / "dark").iterdir()):
+            (squares / folder / path.name).write_bytes(path.read_bytes())
+    options = ScanOptions(exclude=("unsorted/",))
+    assert open_exam("folders", [squares], options=options)(vit, tiny_model) == before
+    _, n_asked = open_exam("folders", [squares], options=replace(options, include_hidden=True))(vit, tiny_model)
+    assert n_asked == 12, "a fifth of 20 in each of three folders"
+
+
+def test_the_command_asks_about_the_images_that_it_trains_on(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (squares / "bright").rename(squares / "unsorted")
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "images", "--labels", "folders", "--exclude", "unsorted/", "--steps", "0"]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 1
+    assert "Label images of two classes" in " ".join(told.output.split())
+
+
+def test_no_picture_is_decoded_in_the_process_that_trains(
+    tiny_model: ModelFolder, squares: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exam = open_exam("folders", [squares])
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
+    _, n_asked = exam(tiny_model.load_vit(), tiny_model)
+    assert n_asked == 8
+    assert not [thread for thread in threading.enumerate() if thread.name == "decoding watchdog"], "the pool is closed"
 
 
 def test_labels_that_say_nothing_are_refused(squares: Path) -> None:

@@ -21,6 +21,7 @@ import dinosearch.pretrain.plan as plan_module
 import dinosearch.pretrain.recipe as recipe_module
 import dinosearch.pretrain.train as train_module
 from dinosearch.errors import DinosearchError, Interrupted, ModelLocked, UsageError
+from dinosearch.images.source import ScanOptions
 from dinosearch.pretrain.bank import ImageBank, batch_indices
 from dinosearch.pretrain.checkpoint import Checkpoint, last_checkpoint, save_checkpoint
 from dinosearch.pretrain.config import TrainConfig
@@ -371,18 +372,22 @@ def test_a_resumed_run_has_the_seed_it_began_with_and_chooses_alike(images: Path
 
 
 def test_a_resumed_run_asks_by_the_labels_it_began_with(images: Path, tmp_path: Path) -> None:
-    opened: list[str] = []
+    opened: list[tuple[str, ScanOptions]] = []
 
-    def examine(labels: str) -> Evaluate:
-        opened.append(labels)
+    def examine(labels: str, options: ScanOptions) -> Evaluate:
+        opened.append((labels, options))
         return lambda _backbone, _facts: (0.5, 10)
 
     table = tmp_path / "labels.csv"
     table.touch()
-    labelled: dict[str, Any] = {"labels": str(table), "select": "labels", "evaluate": examine(str(table))}
-    run(images, tmp_path, name="a", steps=6, stop=stops_after(4), **labelled)
+    labelled: dict[str, Any] = {"labels": str(table), "select": "labels", "examine": examine}
+    few = ScanOptions(exclude=("1*",))
+    begun = {"exclude": few.exclude, "evaluate": examine(str(table), few)}
+    run(images, tmp_path, name="a", steps=6, stop=stops_after(4), **labelled, **begun)
+    assert run(images, tmp_path, name="a", resume=True, stop=stops_after(2), **labelled)[0].stopped
     report, _ = run(images, tmp_path, name="a", resume=True, examine=examine)
-    assert (report.steps, report.knn_top1, opened) == (6, 0.5, [str(table)] * 2)
+    assert (report.steps, report.knn_top1) == (6, 0.5)
+    assert opened == [(str(table), few)] * 3, "the images that it began with count"
 
 
 def test_a_report_says_how_long_steps_waited_for_images(

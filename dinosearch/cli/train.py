@@ -122,6 +122,7 @@ def train(
     Example: dinosearch train ./images --minutes 30
     """
     began = time.monotonic()
+    from dinosearch.images.source import ScanOptions
     from dinosearch.pretrain.config import TrainConfig
     from dinosearch.pretrain.distributed import leads_team
     from dinosearch.pretrain.overrides import checked, parse_settings, read_config
@@ -151,8 +152,10 @@ def train(
     if cache_size is not None and not math.isfinite(cache_size):
         raise UsageError("--cache-size is a number of GiB: leave it out to keep as much as there is room for")
 
-    def examine(labels: str) -> Exam:
-        return open_exam(labels, [Path(spec) for spec in images], note=say)
+    def examine(labels: str, options: ScanOptions) -> Exam:
+        return open_exam(labels, [Path(spec) for spec in images], options=options, note=say)
+
+    scanned = ScanOptions(exclude=tuple(exclude or ()), include_hidden=include_hidden)
 
     config = TrainConfig(
         images=tuple(images),
@@ -168,13 +171,13 @@ def train(
         teacher=teacher,
         resume=resume,
         overwrite=overwrite,
-        exclude=tuple(exclude or ()),
-        include_hidden=include_hidden,
+        exclude=scanned.exclude,
+        include_hidden=scanned.include_hidden,
         cache_bytes=None if cache_size is None else int(cache_size * 2**30),
         strict=strict,
         checkpoint_every=checkpoint_every,
         logs=tuple(logs or ()),
-        evaluate=examine(labels) if labels else None,
+        evaluate=examine(labels, scanned) if labels and not resume else None,
         labels=labels,
         examine=examine,
         select=select.value if select else None,

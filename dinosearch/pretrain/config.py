@@ -12,6 +12,7 @@ from dinosearch.errors import UsageError
 from dinosearch.pretrain.logs import check_logs
 
 if TYPE_CHECKING:
+    from dinosearch.images.source import ScanOptions
     from dinosearch.pretrain.course import Evaluate
 
 NO_LABELS = "--select labels needs some: name a CSV, or folders, with --labels"
@@ -62,9 +63,9 @@ class TrainConfig:
     evaluate: Evaluate | None = None
     """Accuracy of a backbone by labels, for the record: see pretrain.course. Training never sees a label."""
     labels: str | None = None
-    """Where `evaluate` has its labels from: a resumed run asks `examine` for the same."""
-    examine: Callable[[str], Evaluate] | None = None
-    """`evaluate` by such a name."""
+    """Where `evaluate` has its labels from, or `examine` takes them: a resumed run asks it for the same."""
+    examine: Callable[[str, ScanOptions], Evaluate] | None = None
+    """`evaluate` by such a name, on the images that count; asked where a resumed run may remember which these are."""
     select: str | None = None
     """What chooses the weights that are exported: "quality", without labels, or "labels", by `evaluate`; None is
     "quality", or a resumed run's."""

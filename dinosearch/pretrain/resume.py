@@ -113,12 +113,15 @@ def remembered_logs(config: TrainConfig, kept: Mapping[str, Any], note: Note) ->
 
 def remembered_evaluate(config: TrainConfig, kept: Mapping[str, Any], note: Note) -> Evaluate | None:
     """By the labels given, or by those of the run that is resumed, if they are still there."""
+    options = scan_options(config, kept)
+    if config.evaluate is None and config.labels and config.examine is not None:
+        return config.examine(config.labels, options)
     if config.evaluate is not None or not kept.get("labelled"):
         return config.evaluate
     missing = ""
     if config.examine is not None and kept.get("labels") is not None:
         try:
-            return config.examine(kept["labels"])
+            return config.examine(kept["labels"], options)
         except DinosearchError as error:
             missing = f" ({error})"
     note(f"it was begun with --labels: without them no accuracy is reported from here on{missing}")

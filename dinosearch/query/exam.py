@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dinosearch.errors import DinosearchError, UsageError
-from dinosearch.images import BadImage, Fit, decode, find_images, in_threads, n_cores, pixel_budget, read_bytes
+from dinosearch.images import BadImage, Fit, find_images, in_threads, n_cores, pixel_budget
+from dinosearch.images.source import ScanOptions
+from dinosearch.images.workers import DecodePool
 from dinosearch.index.contents import IndexedFile
 from dinosearch.query.labels import load_labels
 from dinosearch.query.probe import knn_accuracy, pose_task
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 MOST_IMAGES = 4000
 """Labelled images asked about; more would cost more of a run than their accuracy's last digit is worth."""
 CHUNK = 256
+IMAGES_PER_PROCESS = 64
+"""Fewer images are decoded sooner than another process has started."""
 
 
 class Exam:
@@ -63,17 +67,22 @@ class Exam:
         return accuracy, n_asked
 
     def _read(self, facts: ModelFacts) -> np.ndarray:
-        """uint8 [n, size, size, channels]; files without usable pixels are left out, and their labels with them."""
+        """uint8 [n, size, size, channels]; files without usable pixels are left out, and their labels with them.
+
+        Processes of their own decode: what hangs or crashes them is a bad image and no end of the run.
+        """
         fit = Fit(facts.image_size, facts.fit, facts.crop_pct, facts.interpolation, facts.channels)
-        budget = pixel_budget(n_cores())
+        workers = min(n_cores(), 1 + len(self._paths) // IMAGES_PER_PROCESS)
 
         def square(path: Path) -> np.ndarray | None:
             try:
-                return decode(read_bytes(path), fit, max_pixels=budget).pixels
+                with pool.read(str(path)) as opened:
+                    return opened.decode().pixels
             except BadImage:
                 return None
 
-        squares = list(in_threads(square, self._paths, ahead=256))
+        with DecodePool(fit, workers=workers, max_pixels=pixel_budget(n_cores())) as pool:
+            squares = list(in_threads(square, self._paths, workers=workers, ahead=256))
         kept = [i for i, pixels in enumerate(squares) if pixels is not None]
         if not kept:
             raise DinosearchError("none of the labelled images can be read. Check --labels")
@@ -82,9 +91,16 @@ class Exam:
         return np.stack([pixels for pixels in squares if pixels is not None])
 
 
-def open_exam(labels: str, folders: Sequence[Path], *, note: Callable[[str], None] = lambda _: None) -> Exam:
+def open_exam(
+    labels: str,
+    folders: Sequence[Path],
+    *,
+    options: ScanOptions | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Exam:
     """An exam on the images in `folders`, labelled by a CSV or by "folders", as `load_labels` takes them.
 
+    options: which of these images count; those of the training, which asks about no others.
     Raises DinosearchError when there are no labels, or none of these images has one.
     """
     for folder in folders:
@@ -95,7 +111,7 @@ def open_exam(labels: str, folders: Sequence[Path], *, note: Callable[[str], Non
     files = [
         IndexedFile(folder.resolve() / image.path, image.path, folder.resolve())
         for folder in folders
-        for image in find_images(folder).images
+        for image in find_images(folder, options).images
     ]
     known = load_labels(labels, files)
     if known.unmatched:
