@@ -151,11 +151,12 @@ def our_command(job: dict) -> list[str]:
         "--arch": job["arch"],
         "--image-size": job["image_size"],
         "--patch-size": job["arch_kwargs"]["patch_size"],
-        "--local-size": job["local_size"],
         "--local-crops": job["local_crops"],
         "--batch-size": job["batch"],
         "--out-dim": job["prototypes"],
     }
+    if job["local_crops"]:
+        options["--local-size"] = job["local_size"]
     settings = {
         "arch_kwargs": json.dumps(kwargs),
         "head_hidden_dim": job["hidden"],

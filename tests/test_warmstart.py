@@ -24,6 +24,8 @@ from dinosearch.vit.folder import ModelFacts, create_vit, open_model, save_model
 from dinosearch.vit.resolve import import_model
 
 QUICK: dict[str, Any] = {"batch_size": 8, "out_dim": 32, "local_crops": 2, "local_size": 8}
+NO_HEAD: dict[str, Any] = dict.fromkeys(("out_dim", "local_crops", "local_size"))
+"""What distillation has no use for, left out."""
 FACTS = ModelFacts(
     arch="vit_tiny_patch16_224",
     arch_kwargs={"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 1},
@@ -193,13 +195,13 @@ def test_a_small_model_learns_from_a_larger_one_and_resumes_to_the_same_bits(ima
     settings: dict[str, Any] = {
         "teacher": "cats",
         "steps": 6,
-        "overrides": {"method": "distill", "image_size": 8, "patch_size": 4, "local_crops": None},
+        "overrides": {"method": "distill", "image_size": 8, "patch_size": 4} | NO_HEAD,
     }
     whole = run(images, models, name="whole", **settings)
     half = run(images, models, name="half", stop=stops_after(4), **settings)
     assert half.stopped
     cats.path.rename(models / "away")  # the fingerprint finds it under any name
-    resumed = run(images, models, name="half", resume=True, overrides={"local_crops": None})
+    resumed = run(images, models, name="half", resume=True, overrides=NO_HEAD)
     assert resumed.fingerprint == whole.fingerprint
     model = open_model(models / "half")
     assert (model.trained["method"], model.image_size) == ("distill", 8)
@@ -209,24 +211,23 @@ def test_a_small_model_learns_from_a_larger_one_and_resumes_to_the_same_bits(ima
 
 def test_a_teacher_that_lies_elsewhere_is_found_there_again(images: Path, models: Path, tmp_path: Path) -> None:
     (models / "cats").rename(tmp_path / "cats")
-    overrides = {"method": "distill", "image_size": 8, "patch_size": 4, "local_crops": None}
+    overrides = {"method": "distill", "image_size": 8, "patch_size": 4} | NO_HEAD
     teacher = str(tmp_path / "cats")
     assert run(images, models, name="a", teacher=teacher, steps=6, stop=stops_after(4), overrides=overrides).stopped
-    assert run(images, models, name="a", resume=True, overrides={"local_crops": None}).steps == 6
+    assert run(images, models, name="a", resume=True, overrides=NO_HEAD).steps == 6
     run(images, models, name="b", teacher=teacher, steps=6, stop=stops_after(4), overrides=overrides)
     facts = open_model(tmp_path / "cats")
     torch.manual_seed(8)
     save_model(tmp_path / "cats", create_vit(facts), FACTS, trained={"method": "dino"})  # another one in its place
     with pytest.raises(DinosearchError, match="which this run learns from"):
-        run(images, models, name="b", resume=True, overrides={"local_crops": None})
+        run(images, models, name="b", resume=True, overrides=NO_HEAD)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"teacher": "cats"}, "go together"),
-        ({"overrides": {"method": "distill"}}, "go together"),
-        ({"teacher": "cats", "overrides": {"method": "distill", "local_crops": 4}}, "leave --local-crops out"),
+        ({"overrides": {"method": "distill"} | NO_HEAD}, "go together"),
     ],
 )
 def test_a_teacher_and_distillation_go_together(images: Path, models: Path, settings: Any, message: str) -> None:

@@ -146,9 +146,10 @@ def train(
         "local_crops": local_crops,
         "local_size": local_size,
     }
-    overrides = read_config(config_file, start=start, teacher=teacher) if config_file else {}
-    overrides |= parse_settings(settings or [])
+    overrides = parse_settings(settings or [])
     overrides |= checked({option: value for option, value in options.items() if value is not None}, where="train")
+    if config_file:
+        overrides = read_config(config_file, start=start, teacher=teacher, beside=overrides) | overrides
     if cache_size is not None and not math.isfinite(cache_size):
         raise UsageError("--cache-size is a number of GiB: leave it out to keep as much as there is room for")
 

@@ -26,6 +26,7 @@ from dinosearch.pretrain.recipe import (
     recipe_from_facts,
     usual_batch_size,
 )
+from dinosearch.pretrain.unused import refuse_unused
 from dinosearch.pretrain.warmstart import (
     DECIDED,
     SCRATCH,
@@ -69,7 +70,8 @@ class Beginning:
 def choose_beginning(
     config: TrainConfig, images: list[TrainingImage], *, device: torch.device, pool: DecodePool, note: Note
 ) -> Beginning:
-    """What a new run begins with, told to `note`."""
+    """What a new run begins with, told to `note`. Raises UsageError for a setting that it would make no use of."""
+    refuse_unused(config.overrides, beside=config.overrides)
     accelerator = device.type != "cpu"
     start, mentor = _start(config, n_images=len(images), note=note), _mentor(config, note)
     channels = config.overrides.get("channels") or (start.facts.channels if start else 3)
@@ -88,6 +90,7 @@ def choose_beginning(
         steps=config.steps,
         epochs=config.epochs,
     )
+    refuse_unused(config.overrides, beside=recipe.settings())
     _tell(reasons, note)
     size = crop_size(recipe.image_size, mentor) if mentor else recipe.image_size
     return Beginning(
@@ -123,8 +126,6 @@ def _mentor(config: TrainConfig, note: Note) -> ModelFolder | None:
         raise UsageError("--method distill and --teacher MODEL go together: give both, or neither")
     if config.teacher is None:
         return None
-    if config.overrides.get("local_crops"):
-        raise UsageError("--method distill makes no small crops: leave --local-crops out")
     return resolve_model(config.teacher, models=config.models, note=note)
 
 

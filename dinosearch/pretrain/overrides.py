@@ -7,11 +7,13 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from dinosearch.errors import UsageError
 from dinosearch.pretrain.recipe import Recipe
+from dinosearch.pretrain.unused import unused
 from dinosearch.pretrain.views import ViewSettings
 from dinosearch.pretrain.warmstart import DECIDED, SCRATCH
 
@@ -24,6 +26,8 @@ OPTIONS = {"method", "arch", "image_size", "fit", "patch_size", "channels", "bat
     "local_size",
 }
 """Settings that `train` has an option for; the others are given by --set."""
+WITHOUT_DEFAULT = {f.name for f in fields(Recipe) if f.default is MISSING and f.default_factory is MISSING}
+"""What makes a file a whole recipe, as a model records it with all its settings, and no choice of some of them."""
 FOLLOWS_IMAGE_SIZE = "global_size"
 """The one setting that another decides."""
 LIMITS = {
@@ -67,11 +71,19 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     return checked(given, where="--set")
 
 
-def read_config(path: Path, *, start: str | None = None, teacher: str | None = None) -> dict[str, Any]:
+def read_config(
+    path: Path,
+    *,
+    start: str | None = None,
+    teacher: str | None = None,
+    beside: Mapping[str, Any] = types.MappingProxyType({}),
+) -> dict[str, Any]:
     """The recipe in a TOML or JSON file: a model's `model.json`, or any part of what it calls `recipe`.
 
-    start, teacher: the models given beside it; what a start decides is then not taken from the file. Raises UsageError
-    when the file cannot be read or holds something else, or where its model learnt from another that is not given.
+    start, teacher: the models given beside it; what a start decides is then not taken from the file. beside: settings
+    given there, which hold; what has no effect in a whole recipe, or beside them, nobody asked for, and it is not taken
+    either. Raises UsageError when the file cannot be read or holds something else, or where its model learnt from
+    another that is not given.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -99,9 +111,12 @@ def read_config(path: Path, *, start: str | None = None, teacher: str | None = N
         views if isinstance(views, dict) else {}
     )
     flat.pop(FOLLOWS_IMAGE_SIZE, None)
+    whole = flat.keys() >= WITHOUT_DEFAULT
     if of_model and start not in (None, SCRATCH):
         flat = {name: value for name, value in flat.items() if name not in DECIDED}
-    return checked({RENAMED.get(name, name): value for name, value in flat.items()}, where=f"--config {path}")
+    settings = checked({RENAMED.get(name, name): value for name, value in flat.items()}, where=f"--config {path}")
+    idle = unused(settings) | unused(settings | dict(beside)) if whole else {}
+    return {name: value for name, value in settings.items() if name not in idle}
 
 
 def checked(given: Mapping[str, Any], *, where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dinosearch.errors import UsageError
 from dinosearch.pretrain.bank import Survey
+from dinosearch.pretrain.unused import unused
 from dinosearch.pretrain.views import ViewSettings
 from dinosearch.vit.folder import ModelFacts, create_vit
 
@@ -134,6 +135,12 @@ class Recipe:
             stripes=self.stripes,
         )
 
+    def settings(self) -> dict[str, Any]:
+        """By the names that users set them by, flat."""
+        flat = vars(self) | vars(self.views)
+        del flat["views"], flat["global_size"]
+        return flat | {"local_crops": flat.pop("n_local")}
+
     def facts(self) -> dict[str, Any]:
         """As JSON keeps it."""
         return asdict(self)
@@ -186,7 +193,7 @@ def plan_recipe(
     overrides: what the user set, by the names of `Recipe` and `ViewSettings` (local_crops for n_local); None and
     "auto" leave the choice here. presets: choices made elsewhere, with their reasons, that yield to the user's.
     accelerator: a GPU trains. steps, epochs: the length of the run, where it is known.
-    Raises UsageError when sizes do not go together.
+    What has no effect in the recipe has no reason either. Raises UsageError when sizes do not go together.
     """
     choices = _Choices(overrides, presets)
     decide = choices.decide
@@ -256,9 +263,11 @@ def plan_recipe(
             solarize=decide("solarize", (0.0, 0.0, 0.0), "tiny pictures have little but their tones"),
         )
     elif method != "dinov2":
-        views = replace(views, global_scale=decide("global_scale", views.global_scale, "as in DINO"))
-        if n_local:
-            views = replace(views, local_scale=decide("local_scale", views.local_scale, "as in DINO"))
+        views = replace(
+            views,
+            global_scale=decide("global_scale", views.global_scale, "as in DINO"),
+            local_scale=decide("local_scale", views.local_scale, "as in DINO"),
+        )
     recipe = Recipe(
         arch=arch,
         arch_kwargs=arch_kwargs,
@@ -288,7 +297,8 @@ def plan_recipe(
         _check_word("--set pooling", recipe.pooling, POOLINGS)
     if recipe.stripes != 1:
         _check_stripes(recipe)
-    return recipe, choices.reasons
+    idle = {name.replace("_", " ") for name in unused(recipe.settings())}
+    return recipe, [reason for reason in choices.reasons if reason.name not in idle]
 
 
 def _as_dinov2(recipe: Recipe, choices: "_Choices", *, registers: bool) -> Recipe:
