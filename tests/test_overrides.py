@@ -45,11 +45,22 @@ def test_words_become_values_of_the_right_type() -> None:
         ("teacher_temperature=0", "choose 0.0001 to inf"),
         ("arch=3", "is not a name"),
         ("global_size=32", "no setting 'global_size'"),
+        ("mask_ratio=[0.5, 0.1]", "mask_ratio .* is upside down: give the smaller number first"),
+        ("global_scale=[1, 0.4]", "global_scale .* is upside down"),
+        ("local_scale=[0.4, 0.05]", "local_scale .* is upside down"),
+        ("blur_sigma=[2, 0.1]", "blur_sigma .* is upside down"),
     ],
 )
 def test_mistakes_are_told(word: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         parse_settings([word])
+
+
+def test_a_range_may_be_one_number_and_a_course_may_fall() -> None:
+    assert parse_settings(["mask_ratio=[0.3, 0.3]", "weight_decay=[0.4, 0.04]"]) == {
+        "mask_ratio": (0.3, 0.3),
+        "weight_decay": (0.4, 0.04),
+    }
 
 
 def test_every_setting_reaches_the_recipe_and_says_so() -> None:

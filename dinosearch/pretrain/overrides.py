@@ -49,6 +49,9 @@ LIMITS = {
 }
 """Smallest and largest value of settings; those not listed are 0 or more."""
 
+RANGES = ("global_scale", "local_scale", "blur_sigma", "mask_ratio")
+"""Settings of a smallest and a largest value that is drawn; other pairs may fall."""
+
 
 def overridable() -> dict[str, Any]:
     """Every name that `--set` and `--config` know, with the type of its value."""
@@ -133,6 +136,8 @@ def checked(given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(n, int | float) and not low <= n <= high for n in numbers):
             raise UsageError(f"{where}: {name} {value} is out of range: choose {low:g} to {high:g}")
+        if name in RANGES and values[name][0] > values[name][1]:
+            raise UsageError(f"{where}: {name} {value} is upside down: give the smaller number first")
     return values
 
 
