@@ -162,3 +162,16 @@ def test_tiny_images_get_gentler_crops() -> None:
     assert planned(28, 28).views.global_scale == (0.5, 1.0)
     assert planned(64, 64).views.global_scale == (0.4, 1.0)
     assert planned(28, 28, global_scale=(0.3, 1.0)).views.global_scale == (0.3, 1.0)
+
+
+@pytest.mark.parametrize("method", ["dino", "dinov2", "distill"])
+def test_nothing_is_decided_twice(method: str) -> None:
+    for side in (28, 64):
+        survey = Survey(n_images=20_000, width=side, height=side, grey=False)
+        recipe, reasons = plan_recipe(survey, accelerator=False, overrides={"method": method})
+        names = [reason.name for reason in reasons]
+        assert len(names) == len(set(names))
+        shown = {reason.name: reason.value for reason in reasons}
+        assert shown["global scale"] == str(recipe.views.global_scale)
+        if side == 28:
+            assert (recipe.views.global_scale, recipe.views.local_scale) == ((0.5, 1.0), (0.15, 0.5))

@@ -302,7 +302,11 @@ def plan_recipe(
 
 
 def _as_dinov2(recipe: Recipe, choices: "_Choices", *, registers: bool) -> Recipe:
-    """What DINOv2 does otherwise, but for its learning rate, which is for batches of thousands."""
+    """What DINOv2 does otherwise and suits fewer images.
+
+    It also has a learning rate for batches of thousands, a drop path of 0.3, LayerScale (arch_kwargs' init_values) and
+    gradients clipped by the norm of a whole network: these stay as they are here.
+    """
     settings: dict[str, tuple[Any, str]] = {
         "koleo_weight": (0.1, "as in DINOv2"),
         "layer_decay": (0.9, "as in DINOv2: lower blocks learn slower"),
@@ -313,10 +317,12 @@ def _as_dinov2(recipe: Recipe, choices: "_Choices", *, registers: bool) -> Recip
         "uniform_drop_path": (True, "as in DINOv2"),
         "teacher_normalisation": ("centering", "sinkhorn wants larger batches than this"),
     }
-    views = {
-        "global_scale": ((0.32, 1.0), "as in DINOv2"),
-        "local_scale": ((0.05, 0.32), "as in DINOv2"),
-    }
+    views: dict[str, tuple[Any, str]] = {}
+    if recipe.image_size > TINY:  # those of tiny images are decided
+        views = {
+            "global_scale": ((0.32, 1.0), "as in DINOv2"),
+            "local_scale": ((0.05, 0.32), "as in DINOv2"),
+        }
     if recipe.batch_size >= SINKHORN_BATCH:
         settings["teacher_normalisation"] = ("sinkhorn", "as in DINOv2's long runs")
     chosen = {name: choices.decide(name, *value) for name, value in settings.items()}
