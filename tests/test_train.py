@@ -511,6 +511,18 @@ def test_what_a_killed_run_was_to_replace_is_not_lost(images: Path, tmp_path: Pa
     with pytest.raises(Interrupted):
         run(images, tmp_path, name="a", steps=5, stop=lambda: True, resume=True)
     assert open_model(folder).fingerprint == before.fingerprint
+    shutil.copytree(folder, tmp_path / ".a-replaced")  # as a kill between two renames leaves it
+    for there in (folder / "model.json", folder / "training" / "metrics.jsonl"):  # with a model in its place, and not
+        with pytest.raises(Interrupted):
+            run(images, tmp_path, name="a", steps=5, stop=lambda: True, overwrite=True)
+        assert open_model(folder).fingerprint == before.fingerprint
+        shutil.copytree(folder, tmp_path / ".a-replaced")
+        there.unlink()
+        for path in (folder / "training").glob("checkpoint-*"):
+            path.unlink()
+    with pytest.raises(Interrupted):
+        run(images, tmp_path, name="a", steps=5, stop=lambda: True, overwrite=True)
+    assert open_model(folder).fingerprint == before.fingerprint
 
 
 def test_a_folder_has_one_run_at_a_time(images: Path, tmp_path: Path) -> None:

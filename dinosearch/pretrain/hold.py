@@ -60,22 +60,26 @@ def _made(folder: Path) -> Iterator[None]:
 def _replaced(folder: Path) -> Iterator[None]:
     training, aside = folder / "training", folder.with_name(f".{folder.name}-replaced")
     former = training / _REPLACED
-    if former.exists() and not _holds_something(folder):  # the run that was to replace it was killed early
-        former.rename(aside)
-        shutil.rmtree(folder)
-    else:
-        folder.rename(aside)
-    training.mkdir(parents=True)
-    aside.rename(former)
+    if aside.exists() and _holds_something(folder):  # of a kill between two renames, long since made good
+        shutil.rmtree(aside)
+    if not aside.exists():
+        if former.exists() and not _holds_something(folder):  # the run that was to replace it was killed early
+            former.rename(aside)
+        else:
+            folder.rename(aside)
     try:
+        shutil.rmtree(folder, ignore_errors=True)
+        training.mkdir(parents=True)
+        aside.rename(former)
         yield
     except BaseException:
-        if _holds_something(folder):
-            remove_model(former)
-        else:
-            former.rename(aside)
-            shutil.rmtree(folder)
+        if not _holds_something(folder):
+            if former.exists():
+                former.rename(aside)
+            shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
+        else:
+            remove_model(former)
         raise
     remove_model(former)
 

@@ -19,7 +19,16 @@ from dinosearch.pretrain.warmstart import DECIDED, SCRATCH
 
 RENAMED = {"n_local": "local_crops"}
 """A setting of the recipe that the command line calls otherwise, as users think of it."""
-OPTIONS = {"method", "arch", "image_size", "fit", "patch_size", "channels", "batch_size", "lr", "accumulate"} | {
+OPTIONS = {
+    "method",
+    "arch",
+    "image_size",
+    "fit",
+    "patch_size",
+    "channels",
+    "batch_size",
+    "lr",
+    "accumulate",
     "checkpoint_activations",
     "out_dim",
     "local_crops",
