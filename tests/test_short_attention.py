@@ -11,16 +11,17 @@ from timm.models.vision_transformer import VisionTransformer
 from dinosearch.pretrain.net import Net, create_backbone
 from dinosearch.pretrain.packed import can_pack
 from dinosearch.pretrain.recipe import Recipe
-from dinosearch.pretrain.short_attention import ShortAttention, _scaled_bmm, can_shorten
+from dinosearch.pretrain.short_attention import ShortAttention, _scaled_bmm, _softmax, _softmax_backward, can_shorten
 
 
+@pytest.mark.parametrize("n_tokens", [5, 17, 40])  # 16 to 31 have a softmax of their own in bf16
 @pytest.mark.parametrize("bf16", [False, True])
-def test_short_attention_gives_timms_outputs_and_gradients(bf16: bool) -> None:
+def test_short_attention_gives_timms_outputs_and_gradients(bf16: bool, n_tokens: int) -> None:
     torch.manual_seed(0)
     plain = Attention(32, num_heads=4, qkv_bias=True)
     plain.fused_attn = False
     short = ShortAttention(copy.deepcopy(plain))
-    tokens = torch.randn(6, 5, 32)
+    tokens = torch.randn(6, n_tokens, 32)
     found = []
     for layer in (plain, short):
         x = tokens.clone().requires_grad_()
@@ -39,6 +40,20 @@ def test_what_memory_held_before_is_in_no_product(dtype: torch.dtype) -> None:
     a, b = torch.randn(6, 17, 8).to(dtype), torch.randn(6, 8, 17).to(dtype)
     held = torch.full((6, 17, 17), torch.nan, dtype=dtype)
     torch.testing.assert_close(_scaled_bmm(a, b, 0.25, out=held), 0.25 * (a @ b))
+
+
+@pytest.mark.parametrize("n_tokens", [5, 16, 17, 31, 32])
+def test_a_softmax_in_bf16_is_rounded_once(n_tokens: int) -> None:
+    torch.manual_seed(0)
+    scores = (3 * torch.randn(64, n_tokens, n_tokens)).bfloat16()
+    softmax = _softmax(scores)
+    assert softmax.dtype == torch.bfloat16
+    torch.testing.assert_close(softmax, scores.double().softmax(dim=-1).bfloat16(), rtol=2**-7, atol=1e-9)
+    gradient = torch.randn(64, n_tokens, n_tokens).bfloat16()
+    exact = softmax.double() * (gradient.double() - (softmax.double() * gradient.double()).sum(dim=-1, keepdim=True))
+    found = _softmax_backward(gradient, softmax)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=1e-6)
 
 
 def test_short_attention_keeps_timms_parameters_under_their_names() -> None:

@@ -61,7 +61,7 @@ class _Mix(torch.autograd.Function):
             heads = qkv.new_empty(3, n, num_heads, n_tokens, dim // num_heads)
             heads.copy_(qkv[rows].view(n, n_tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4))
             q, k, v = heads.flatten(1, 2).unbind(0)  # [n × num_heads, n_tokens, head_dim]
-            weights = _scaled_bmm(q, k.transpose(1, 2), scale).softmax(dim=-1)
+            weights = _softmax(_scaled_bmm(q, k.transpose(1, 2), scale))
             by_head = torch.bmm(weights, v).view(n, num_heads, n_tokens, -1)
             mixed[rows].view(n, n_tokens, num_heads, -1).copy_(by_head.transpose(1, 2))
             kept += [heads, weights]
@@ -81,7 +81,7 @@ class _Mix(torch.autograd.Function):
             q, k, v = heads.flatten(1, 2).unbind(0)
             of_mixed = gradient[rows].view(n, n_tokens, num_heads, -1).transpose(1, 2).reshape(v.shape)
             of_weights = torch.bmm(of_mixed, v.transpose(1, 2))
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_scores = _softmax_backward(of_weights, weights)
             of_heads = torch.empty_like(heads)
             of_q, of_k, of_v = of_heads.flatten(1, 2).unbind(0)
             _scaled_bmm(of_scores, k, ctx.scale, out=of_q)
@@ -90,6 +90,28 @@ class _Mix(torch.autograd.Function):
             of_qkv[rows].view(n, n_tokens, 3, num_heads, -1).copy_(of_heads.permute(1, 3, 0, 2, 4))
             start = rows.stop
         return of_qkv, None, None, None
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, in the scores' type."""
+    if _is_short_row(scores):
+        return scores.float().softmax(dim=-1).to(scores.dtype)
+    return scores.softmax(dim=-1)
+
+
+def _softmax_backward(gradient: Tensor, softmax: Tensor) -> Tensor:
+    """The gradient of the scores, of that of their softmax."""
+    if _is_short_row(softmax):
+        of_scores = torch.ops.aten._softmax_backward_data(gradient.float(), softmax.float(), -1, torch.float32)
+        return of_scores.to(softmax.dtype)
+    return torch.ops.aten._softmax_backward_data(gradient, softmax, -1, softmax.dtype)
+
+
+def _is_short_row(x: Tensor) -> bool:
+    """Its rows fill a vector of 512 bits in float32 but not in bf16, and torch is two to seven times as fast with those
+    (docs/benchmarks.md).
+    """
+    return x.dtype == torch.bfloat16 and 16 <= x.shape[-1] < 32
 
 
 def _scaled_bmm(a: Tensor, b: Tensor, scale: float, *, out: Tensor | None = None) -> Tensor:
