@@ -31,6 +31,7 @@ from dinosearch.pretrain.hold import held_run
 from dinosearch.pretrain.recipe import FITS
 from dinosearch.pretrain.train import train
 from dinosearch.vit.folder import list_models, open_model
+from dinosearch.vit.resolve import resolve_model
 
 QUICK: dict[str, Any] = {
     "image_size": 16,
@@ -498,6 +499,60 @@ def test_a_model_is_replaced_once_there_is_something_in_its_place(images: Path, 
     assert half.model == before.model
     assert half.fingerprint != before.fingerprint
     assert not (tmp_path / "digits" / "training" / "replaced").exists()
+
+
+def test_a_model_stays_until_there_is_a_new_one(images: Path, tmp_path: Path) -> None:
+    before, _ = run(images, tmp_path, name="a", steps=2)
+    folder = tmp_path / "a"
+
+    def fails_after_a_checkpoint() -> bool:
+        [model] = list_models(tmp_path)  # as another command does meanwhile
+        assert (model.name, model.fingerprint) == ("a", before.fingerprint)
+        if any((folder / "training").glob("checkpoint-*")):
+            raise RuntimeError
+        return False
+
+    for settings in ({"overwrite": True}, {"overwrite": True}, {"resume": True}):  # the second gives up the first
+        with pytest.raises(RuntimeError):
+            run(images, tmp_path, name="a", steps=5, checkpoint_every=0.0, stop=fails_after_a_checkpoint, **settings)
+        [model] = list_models(tmp_path)
+        assert resolve_model("a", models=tmp_path).fingerprint == model.fingerprint == before.fingerprint
+        own = [path for path in folder.rglob("checkpoint-*") if not path.is_relative_to(model.path)]
+        assert {path.parent for path in own} == {folder / "training"}
+    after, _ = run(images, tmp_path, name="a", steps=5, resume=True)
+    assert [model.fingerprint for model in list_models(tmp_path)] == [after.fingerprint] != [before.fingerprint]
+    assert not (folder / "training" / "replaced").exists()
+
+
+def test_a_run_that_came_to_nothing_leaves_its_name_free(images: Path, tmp_path: Path) -> None:
+    models, dark = tmp_path / "models", tmp_path / "dark"
+    dark.mkdir()
+    for i in range(10):
+        (dark / f"{i}.png").write_bytes((images / f"{i}.png").read_bytes()[: 40 if i < 4 else None])
+    for settings in ({}, {}, {"name": "dark"}):
+        with pytest.raises(DinosearchError, match="only 6 images can be read: choose --batch-size 6 or less"):
+            run(dark, models, steps=1, **settings)
+        assert [path.name for path in models.iterdir()] == ["dark"]
+        assert (models / "dark" / "training" / "failed.jsonl").exists()
+    report, _ = run(images, models, name="dark", steps=1)
+    assert Path(report.model) == models / "dark"
+    (models / "notes").mkdir()
+    (models / "notes" / "a.txt").write_text("somebody's")
+    with pytest.raises(UsageError, match="exists"):
+        run(images, models, name="notes", steps=1)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_where_nothing_can_be_written_one_line_says_so(images: Path, tmp_path: Path, steps: int) -> None:
+    (tmp_path / "models").write_text("no folder")
+    with pytest.raises(DinosearchError, match=r"models/digits cannot be written .* set DINOSEARCH_MODELS"):
+        run(images, tmp_path / "models", steps=steps)
+    assert (tmp_path / "models").read_text() == "no folder"
+
+
+def test_epochs_are_counted_by_images(images: Path, tmp_path: Path) -> None:
+    report, _ = run(images, tmp_path, epochs=4)  # 20 images in batches of 8
+    assert (report.steps, report.epochs) == (10, 4.0)
 
 
 def test_what_a_killed_run_was_to_replace_is_not_lost(images: Path, tmp_path: Path) -> None:

@@ -5,34 +5,51 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from dinosearch.errors import Interrupted, ModelLocked
+from dinosearch.errors import DinosearchError, Interrupted, ModelLocked
 from dinosearch.lock import held
 from dinosearch.pretrain.checkpoint import PATTERN
-from dinosearch.vit.folder import remove_model
-
-_REPLACED = "replaced"
-"""The former model, in the folder of the run that replaces it: no other command looks for models there."""
+from dinosearch.vit.folder import REPLACED, first_line, model_in, remove_model
 
 
 @contextmanager
 def held_run(folder: Path, *, resumed: bool, replace: bool) -> Iterator[None]:
     """`folder` belongs to this process, and `folder / "training"` exists.
 
-    resumed: the run in the folder goes on. replace: what is there may go; it is deleted when the run has ended well or
-    has something to go on from, and is back in its place when it ends before.
+    resumed: the run in the folder goes on. replace: what is there may go. A model is deleted when there is a new one,
+    and other commands find it until then; whatever was there is back in its place when the run ends before its first
+    checkpoint.
     Raises ModelLocked while another process trains there, and where one has made the folder meanwhile.
     """
     with ExitStack() as stack:
         if folder.exists() and not resumed:
             stack.enter_context(_lock(folder))
-            if not replace:
+            empty = _is_empty(folder)
+            if not (replace or empty):
                 raise ModelLocked(f"another run has made {folder} meanwhile. Try again, or under another --name")
             stack.close()  # nobody trains there
-            stack.enter_context(_replaced(folder))
+            if empty:
+                shutil.rmtree(folder)
+            stack.enter_context(_made(folder) if empty else _replaced(folder))
         else:
             stack.enter_context(_made(folder))
         stack.enter_context(_lock(folder))
+        try:
+            yield
+        finally:
+            if _holds_something(folder):
+                _let_go(folder)
+
+
+@contextmanager
+def unwritable_told(folder: Path) -> Iterator[None]:
+    """Turn what the system says where it lets nobody write into one line that says what to do."""
+    try:
         yield
+    except OSError as error:
+        raise DinosearchError(
+            f"{folder} cannot be written ({first_line(error)}). Make room there and make it writable, or set "
+            "DINOSEARCH_MODELS to another folder"
+        ) from error
 
 
 def refuse_held(folder: Path) -> None:
@@ -42,12 +59,18 @@ def refuse_held(folder: Path) -> None:
             pass
 
 
+def given_up(folder: Path) -> bool:
+    """All that is there is what a run left behind that ended, or was killed, before it had anything."""
+    try:
+        refuse_held(folder)
+    except DinosearchError:
+        return False
+    return _is_empty(folder)
+
+
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
     (folder / "training").mkdir(parents=True, exist_ok=True)
-    former = folder / "training" / _REPLACED
-    if former.exists():  # this run had replaced a model, was killed, and goes on
-        remove_model(former)
     try:
         yield
     except Interrupted:
@@ -59,7 +82,7 @@ def _made(folder: Path) -> Iterator[None]:
 @contextmanager
 def _replaced(folder: Path) -> Iterator[None]:
     training, aside = folder / "training", folder.with_name(f".{folder.name}-replaced")
-    former = training / _REPLACED
+    former = folder / REPLACED
     if aside.exists() and _holds_something(folder):  # of a kill between two renames, long since made good
         shutil.rmtree(aside)
     if not aside.exists():
@@ -78,14 +101,31 @@ def _replaced(folder: Path) -> Iterator[None]:
                 former.rename(aside)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
-        else:
-            remove_model(former)
         raise
-    remove_model(former)
+
+
+def _let_go(folder: Path) -> None:
+    """Delete what the run has replaced: a model once there is a new one, a run without a model as soon as this one can
+    go on.
+    """
+    former = folder / REPLACED
+    if not former.exists():
+        return
+    if (folder / "model.json").exists() or model_in(former) is None:
+        remove_model(former)
+    elif not (former / "model.json").exists():  # a run that was to replace a model, and which nobody will go on with
+        for checkpoint in (former / "training").glob(PATTERN):
+            checkpoint.unlink()
 
 
 def _holds_something(folder: Path) -> bool:
     return (folder / "model.json").exists() or any((folder / "training").glob(PATTERN))
+
+
+def _is_empty(folder: Path) -> bool:
+    if _holds_something(folder) or (folder / REPLACED).exists():
+        return False
+    return [path.name for path in folder.iterdir()] == ["training"]  # and what else lies there is somebody's
 
 
 def _lock(folder: Path) -> AbstractContextManager[None]:

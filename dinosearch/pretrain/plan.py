@@ -60,19 +60,22 @@ def plan_length(
     steps: int | None,
     epochs: float | None,
     minutes: float | None,
-    steps_per_epoch: int,
+    steps_per_epoch: float,
     device_type: str,
     began: float,
     note: Note = quiet,
 ) -> Plan:
-    """As long as the user asked for, in one of three ways; else a default that is told to `note`."""
+    """As long as the user asked for, in one of three ways; else a default that is told to `note`.
+
+    steps_per_epoch: images by those of a batch, not rounded, so that few images are not seen less often than asked for.
+    """
     if steps is not None:
         return Plan(steps, None)
     if epochs is not None:
         return Plan(max(1, round(epochs * steps_per_epoch)), None)
     if minutes is not None:
         return Plan(UNBOUNDED, began + 60 * minutes - ENDING_SECONDS)
-    steps, minutes = max(LEAST_STEPS, DEFAULT_EPOCHS * steps_per_epoch), DEFAULT_MINUTES[device_type]
+    steps, minutes = max(LEAST_STEPS, round(DEFAULT_EPOCHS * steps_per_epoch)), DEFAULT_MINUTES[device_type]
     note(f"length: {minutes:g} minutes, or {steps} steps if they take less (--minutes, --steps or --epochs choose)")
     return Plan(steps, began + 60 * minutes, most_steps=steps)
 

@@ -218,7 +218,7 @@ def plan_recipe(
             f"--batch-size {batch_size} does not go with {survey.n_images} images: choose 2 to {survey.n_images}"
         )
     if epochs is not None:
-        steps = round(epochs * (survey.n_images // batch_size))
+        steps = round(epochs * survey.n_images / batch_size)
     method = decide("method", *_method(survey.n_images, steps))
     _check_word("--method", method, METHODS)
     out_dim = decide("out_dim", *_out_dim(survey.n_images))

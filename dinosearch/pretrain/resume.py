@@ -17,6 +17,7 @@ from dinosearch.images.source import ScanOptions
 from dinosearch.images.sources import base_name, open_sources
 from dinosearch.pretrain.checkpoint import PATTERN
 from dinosearch.pretrain.config import TrainConfig
+from dinosearch.pretrain.hold import given_up
 from dinosearch.pretrain.logs import check_logs
 from dinosearch.pretrain.overrides import OPTIONS
 from dinosearch.vit.folder import Note, clean_name, free_name, path_for
@@ -34,7 +35,7 @@ def folder_for(config: TrainConfig) -> Path:
     """Where the model goes. Raises UsageError for a name whose model would be lost, unless --overwrite was given."""
     if config.name is not None:
         folder = path_for(config.name, config.models)
-        if folder.exists() and not (config.resume or config.overwrite):
+        if folder.exists() and not (config.resume or config.overwrite or given_up(folder)):
             raise UsageError(f"{folder} exists. Choose another --name, or --resume it, or --overwrite it")
         if config.resume and (folder / "model.json").exists() and not _begun(folder):
             raise UsageError(
@@ -45,7 +46,9 @@ def folder_for(config: TrainConfig) -> Path:
         return begun
     [first, *_] = open_sources(config.specs)
     wanted = base_name(first)
-    return config.models / (clean_name(wanted) if config.overwrite else free_name(wanted, config.models))
+    if config.overwrite:
+        return config.models / clean_name(wanted)
+    return config.models / free_name(wanted, config.models, given_up=given_up)
 
 
 def _newest_run(config: TrainConfig) -> Path | None:

@@ -32,7 +32,7 @@ from dinosearch.pretrain.device import choose_device, describe_machine, keep_fre
 from dinosearch.pretrain.distill import Mentor
 from dinosearch.pretrain.distributed import Team, teamwork
 from dinosearch.pretrain.gather import TrainingImage, decode_pool, gather_images, images_digest
-from dinosearch.pretrain.hold import held_run, refuse_held
+from dinosearch.pretrain.hold import held_run, refuse_held, unwritable_told
 from dinosearch.pretrain.logs import open_logs
 from dinosearch.pretrain.memory import available_bytes, forecast, out_of_memory_explained, ways_to_save
 from dinosearch.pretrain.plan import Plan, plan_from_facts, plan_length
@@ -160,7 +160,7 @@ def _train(
                 steps=config.steps,
                 epochs=config.epochs,
                 minutes=config.minutes,
-                steps_per_epoch=len(bank) // beginning.recipe.batch_size,
+                steps_per_epoch=len(bank) / beginning.recipe.batch_size,
                 device_type=device.type,
                 began=began,
                 note=note,
@@ -275,10 +275,11 @@ def _open_run(
     )
     team.follow(0)  # all have read the models that they learn from, one of which may go
     if team.leads:
-        hold.enter_context(held_run(folder, resumed=resumed, replace=config.overwrite or config.resume))
-        keep_places(config, folder)
-        if start is not None and not resumed:
-            keep_start(start, folder / "training")
+        with unwritable_told(folder):
+            hold.enter_context(held_run(folder, resumed=resumed, replace=config.overwrite or config.resume))
+            keep_places(config, folder)
+            if start is not None and not resumed:
+                keep_start(start, folder / "training")
     team.follow(0)  # nobody writes there before
     return run
 
@@ -288,8 +289,9 @@ def _export_untrained(
 ) -> Iterator[Progress]:
     if run.team.leads:
         trained = _trained(config, beginning, n_images=n_images) | {"method": "none", "steps": 0}
-        model = run.export(folder, trained=trained)
-        write_card(model)
+        with unwritable_told(folder):
+            model = run.export(folder, trained=trained)
+            write_card(model)
         yield Progress("done", 0, 0, report=report_on(model, trained, seconds=time.monotonic() - began))
 
 
@@ -332,7 +334,8 @@ def _read(
     if kept is not None:
         refuse_other_readable(kept, bank, images, folder=folder)
     if team.leads:
-        bank.write_failed(folder / "training" / FAILED)
+        with unwritable_told(folder):
+            bank.write_failed(folder / "training" / FAILED)
     if bank.failed:
         path, bad = bank.failed[0]
         note(

@@ -26,6 +26,8 @@ FORMAT = 2
 """2 may have stripes, which 1 knows nothing of."""
 LARGEST_DEFAULT_SIZE = 256
 """Released weights made for larger squares (518 for DINOv2) are used at about 224 px unless told otherwise."""
+REPLACED = Path("training", "replaced")
+"""Where a model lies in its own folder while a run is about to replace it."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -85,7 +87,10 @@ class ModelFolder(ModelFacts):
 
     @property
     def name(self) -> str:
-        return self.path.name
+        path = self.path
+        while path.parts[-2:] == REPLACED.parts:
+            path = path.parents[1]
+        return path.name
 
     @property
     def weights_path(self) -> Path:
@@ -238,13 +243,33 @@ def list_models(models: Path, *, note: Note = quiet) -> list[ModelFolder]:
     One that cannot be read is told to `note` and left out: it must not stand in the way of the others.
     """
     found = []
-    for path in sorted(models.iterdir()) if models.is_dir() else ():
-        if (path / "model.json").is_file():
+    for path in _entries(models):
+        if (place := model_in(path)) is not None:
             try:
-                found.append(open_model(path))
+                found.append(open_model(place))
             except DinosearchError as error:
                 note(f"left out: {error}")
     return sorted(found, key=lambda model: model.created, reverse=True)
+
+
+def model_in(folder: Path) -> Path | None:
+    """Where the model of a folder lies: there, or set aside in it until the run that replaces it has one. None where
+    there is no model, or none that one may look at.
+    """
+    while not os.path.isfile(folder / "model.json"):  # noqa: PTH113 - Path's raises where it may not look
+        folder = folder / REPLACED
+        if not os.path.isdir(folder):  # noqa: PTH112
+            return None
+    return folder
+
+
+def _entries(models: Path) -> list[Path]:
+    try:
+        return sorted(models.iterdir()) if os.path.isdir(models) else []  # noqa: PTH112
+    except OSError as error:
+        raise DinosearchError(
+            f"{models} cannot be read ({error.strerror}). Make it readable, or set DINOSEARCH_MODELS to another folder"
+        ) from error
 
 
 def find_by_fingerprint(fingerprint: str, *, models: Path) -> ModelFolder | None:
@@ -308,11 +333,11 @@ def clean_name(wanted: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", wanted).strip("-.") or "images"
 
 
-def free_name(wanted: str, folder: Path) -> str:
-    """`wanted`, or `wanted-2`, `wanted-3`, … : the first that does not exist in `folder`."""
+def free_name(wanted: str, folder: Path, *, given_up: Callable[[Path], bool] = lambda _path: False) -> str:
+    """`wanted`, or `wanted-2`, `wanted-3`, … : the first that does not exist in `folder`, or may be used again."""
     clean = clean_name(wanted)
     names = [clean, *(f"{clean}-{i}" for i in range(2, 10_000))]
-    return next(name for name in names if not (folder / name).exists())
+    return next(name for name in names if not (folder / name).exists() or given_up(folder / name))
 
 
 def path_for(name: str, models: Path) -> Path:
