@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -233,6 +234,8 @@ def test_an_import_takes_a_name_and_a_size_and_is_found_again(models, tmp_path):
     torch.save(vit.state_dict(), tmp_path / "dino.pth")
     small = import_model("dino.pth", models=models)
     assert (small.name, small.image_size) == ("dino", 16)
+    with pytest.raises(DinosearchError, match="import its file again: --model FILE --image-size 32"):
+        resolve_model("dino", models=models, image_size=32)
     large = import_model("dino.pth", models=models, name="large", image_size=32)
     assert (large.path, large.image_size) == (models / "large", 32)
     assert large.load_vit()(torch.ones(1, 3, 32, 32)).shape == (1, 64)
@@ -257,3 +260,39 @@ def test_an_import_refuses_what_it_cannot_do(models, tmp_path, spec, name, messa
     with pytest.raises(DinosearchError, match=message):
         import_model(spec, models=models, name=name)
     assert {model.name for model in list_models(models)} == {"cats", "dogs"}
+
+
+@pytest.mark.usefixtures("hub")
+def test_patches_fill_the_square_of_a_timm_model(tmp_path):
+    with pytest.raises(DinosearchError, match=r"512 px is no multiple .* of 14 px. Use --image-size 504 or 518"):
+        resolve_model(None, models=tmp_path / "models", image_size=512)
+    assert not (tmp_path / "models").exists()
+
+
+def test_an_imported_model_of_timm_may_have_another_size_later(hub, tmp_path):
+    put_on_hub(hub, "vit_tiny_patch16_224.augreg_in21k")
+    models = tmp_path / "models"
+    native = resolve_model("timm:vit_tiny_patch16_224.augreg_in21k", models=models)
+    small = resolve_model(None, models=models, image_size=96)
+    assert (small.image_size, small.arch) == (96, native.arch)
+    assert resolve_model(native.name, models=models, image_size=96) == small
+    assert resolve_model(native.name, models=models, image_size=224) == native
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be written .Permission denied.; HF_HOME"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be written .No space left on device.; HF_HOME"),
+        (ConnectionError("reset"), "no way to the Hugging Face hub"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_why_nothing_was_fetched_is_told(tmp_path, monkeypatch, error, says):
+    def fails(*_args, pretrained=False, **_kwargs):
+        assert pretrained
+        raise error
+
+    monkeypatch.setattr("timm.create_model", fails)
+    with pytest.raises(ModelNotFound, match=says):
+        resolve_model(None, models=tmp_path / "models")

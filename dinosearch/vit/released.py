@@ -54,7 +54,7 @@ def read_released(path: Path, *, image_size: int | None) -> "tuple[torch.nn.Modu
     state = _backbone(_read(path), path)
     facts = _facts_beside(path) or _facts(_Layout.of(state, path), path)
     patch = state[_PATCHES].shape[-1]
-    facts = _at_size(facts, _image_size(image_size, facts.image_size, patch), patch)
+    facts = _at_size(facts, square_for(image_size, facts.image_size, patch), patch)
     vit = create_vit(facts)
     try:
         vit.load_state_dict(_converted(state, vit, path))
@@ -347,8 +347,11 @@ def _arch(layout: _Layout) -> tuple[str, str]:
     return name if timm.is_model(name) else fallback, family
 
 
-def _image_size(wanted: int | None, native: int, patch: int) -> int:
-    """The side asked for, else the native one if it is small, else the multiple of the patch nearest to 224."""
+def square_for(wanted: int | None, native: int, patch: int) -> int:
+    """The side asked for, else the native one if it is small, else the multiple of the patch nearest to 224.
+
+    Raises DinosearchError for one that patches do not fill.
+    """
     if wanted is None:
         return native if native <= LARGEST_DEFAULT_SIZE and native % patch == 0 else round(224 / patch) * patch
     if wanted < patch or wanted % patch:

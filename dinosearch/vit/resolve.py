@@ -1,5 +1,6 @@
 """Which model is meant: a name, a folder, `timm:<name>`, a released file, or nothing at all."""
 
+import errno
 import logging
 import os
 import ssl
@@ -20,12 +21,14 @@ from dinosearch.vit.folder import (
     first_line,
     free_name,
     list_models,
+    model_in,
     open_model,
     path_for,
     quiet,
     save_model,
 )
 
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 DEFAULT_MODEL = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 
 
@@ -41,19 +44,21 @@ def resolve_model(spec: str | None, *, models: Path, note: Note = quiet, image_s
         found = list_models(models, note=note)
         if found:
             note(f"model: {found[0].path} (the newest in {models}/; --model chooses another)")
-            return _with_size(found[0], image_size)
+            return _with_size(found[0], image_size, models=models, note=note)
         note(f"model: {DEFAULT_MODEL} (none of your own in {models}/; dinosearch train IMAGES makes one)")
         return _timm_model(DEFAULT_MODEL, models=models, image_size=image_size, note=note)
     if spec.startswith("timm:"):
         return _timm_model(spec, models=models, image_size=image_size, note=note)
     path = Path(spec)
     if _is_own(path):
-        return _with_size(open_model(path.parent), image_size)  # already what an import would make
+        return _with_size(
+            open_model(path.parent), image_size, models=models, note=note
+        )  # already what an import would make
     if path.is_file():
         return _released_model(path, models=models, image_size=image_size, note=note)
     for folder in (models / spec, path):
-        if (folder / "model.json").is_file():
-            return _with_size(open_model(folder), image_size)
+        if (place := model_in(folder)) is not None:
+            return _with_size(open_model(place), image_size, models=models, note=note)
     names = ", ".join(model.name for model in list_models(models)[:5])
     raise ModelNotFound(
         f"no model {spec!r} in {models}/, and no such folder or file. "
@@ -91,12 +96,18 @@ def import_model(
     return _released_model(path, models=models, image_size=image_size, note=note, name=name)
 
 
-def _with_size(model: ModelFolder, image_size: int | None) -> ModelFolder:
-    if image_size not in (None, model.image_size):
-        raise DinosearchError(
-            f"{model.name} works at {model.image_size} px. Leave --image-size out, or train a model at {image_size} px"
-        )
-    return model
+def _with_size(model: ModelFolder, image_size: int | None, *, models: Path, note: Note) -> ModelFolder:
+    """The model at a size that was asked for, which timm's weights may have besides; others have the size they have."""
+    if image_size in (None, model.image_size):
+        return model
+    source = str(model.trained.get("source", ""))
+    if model.trained.get("method") != "imported":
+        ways = f"train a model at {image_size} px"
+    elif source.startswith("timm:"):
+        return _timm_model(source, models=models, image_size=image_size, note=note)
+    else:
+        ways = f"import its file again: --model FILE --image-size {image_size}"
+    raise DinosearchError(f"{model.name} works at {model.image_size} px. Leave --image-size out, or {ways}")
 
 
 def _known_import(source: str, *, models: Path, image_size: int | None) -> ModelFolder | None:
@@ -128,6 +139,10 @@ def _timm_model(spec: str, *, models: Path, image_size: int | None, note: Note, 
             f"timm has no pretrained weights for {arch!r}. Choose one with a tag, such as {DEFAULT_MODEL}"
         )
     size = image_size or _default_size(config.input_size[-1])
+    if image_size is not None and (patch := _patch_size(arch)) is not None:
+        from dinosearch.vit.released import square_for
+
+        square_for(image_size, size, patch)
     arch_kwargs: dict[str, Any] = {"img_size": size}
     facts = ModelFacts(
         arch=arch,
@@ -144,7 +159,7 @@ def _timm_model(spec: str, *, models: Path, image_size: int | None, note: Note, 
         vit = timm.create_model(arch, pretrained=True, num_classes=0, global_pool=facts.pooling, **arch_kwargs)
     except _network_errors() as error:
         raise ModelNotFound(
-            f"{arch} could not be fetched: no way to the Hugging Face hub. "
+            f"{arch} could not be fetched: {_why_not(error)}. "
             "Train a model of your own (dinosearch train IMAGES), or put weights in place: "
             "--model FILE.pth or FILE.safetensors takes released DINO, DINOv2, DINOv3 files"
         ) from error
@@ -190,6 +205,18 @@ def _answers(url: str, *, within: float) -> bool:
     return answered.is_set()
 
 
+def _why_not(error: BaseException) -> str:
+    """Why nothing could be fetched, for people."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
+        return f"the Hugging Face hub refused it ({error.response.status_code})"
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        return f"{constants.HF_HUB_CACHE} cannot be written ({error.strerror}); HF_HOME chooses another folder"
+    return "no way to the Hugging Face hub"
+
+
 def _network_errors() -> tuple[type[BaseException], ...]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -216,7 +243,13 @@ def _import(
 ) -> ModelFolder:
     folder = models / free_name(name, models)
     trained = {"method": "imported", "source": source, "default_size": by_default}
-    model = save_model(folder, vit, facts, trained=trained)
+    try:
+        model = save_model(folder, vit, facts, trained=trained)
+    except OSError as error:
+        raise DinosearchError(
+            f"{folder} cannot be written ({first_line(error)}). Make room there and make it writable, or set "
+            "DINOSEARCH_MODELS to another folder"
+        ) from error
     note(f"imported as {model.path} ({facts.arch}, {facts.image_size} px, {model.dim} dimensions)")
     return model
 
@@ -224,6 +257,17 @@ def _import(
 def _rgb(values: Iterable[float]) -> tuple[float, float, float]:
     red, green, blue = values
     return (float(red), float(green), float(blue))
+
+
+def _patch_size(arch: str) -> int | None:
+    """Of one of timm's vision transformers; nothing is fetched, and no memory taken."""
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        patches: Any = getattr(timm.create_model(arch, pretrained=False, num_classes=0), "patch_embed", None)
+    patch = getattr(patches, "patch_size", None)
+    return None if patch is None else int(patch[0])
 
 
 def _default_size(native: int) -> int:
