@@ -431,3 +431,37 @@ def test_damage_to_a_zstd_tar_is_one_error(tmp_path, monkeypatch):
     source = known_source("archive", str(tmp_path / "photos.tar.zst"))
     with pytest.raises(DinosearchError, match="Unable to decompress"):
         source.scan(ScanOptions(), note=pytest.fail)
+
+
+def test_many_zips_are_not_all_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("dinosearch.images.sources.zips.MOST_OPEN", 3)
+    paths = [write_archive(tmp_path / f"{i}.zip", {"a.jpg": bytes([i]), "b.jpg": b"b"}) for i in range(9)]
+
+    def n_open() -> int:
+        return len({path.resolve() for path in Path("/proc/self/fd").iterdir()} & set(paths))
+
+    sources = [opened(path) for path in paths]
+    for source in sources:
+        scanned(source)
+        assert n_open() <= 3
+    for _ in range(2):
+        for i, source in enumerate(sources):
+            assert source.read(scanned_image(source, "a.jpg")).data == bytes([i])
+            assert n_open() <= 3
+    with ThreadPoolExecutor(8) as threads:
+        tasks = [threads.submit(source.read, scanned_image(source, "b.jpg")) for source in sources * 20]
+        assert all(task.result().data == b"b" for task in tasks)
+
+
+def scanned_image(source, member):
+    return next(image for image in scanned(known_source("archive", source.location)).images if image.member == member)
+
+
+def test_a_zip_replaced_while_it_was_closed_gives_no_bytes_of_another(tmp_path):
+    path = write_archive(tmp_path / "a.zip", {"a.jpg": b"first"})
+    source = opened(path)
+    [image] = scanned(source).images
+    source.close()
+    write_archive(path, {"a.jpg": b"other"}, age=500)
+    with pytest.raises(BadImage, match="changes while it is read"):
+        source.read(image)

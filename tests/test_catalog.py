@@ -250,3 +250,20 @@ def test_network_file_systems_are_told_by_the_deepest_mount(tmp_path):
     assert network_file_system(folder / "local", mounts=mounts) is None
     assert network_file_system(tmp_path, mounts=mounts) is None
     assert network_file_system(tmp_path, mounts=tmp_path / "absent") is None
+
+
+def test_a_file_is_written_with_all_its_pages_or_not_at_all(catalog):
+    root = fill(catalog, 2)
+    rows = [FileRow(root, "p.tif", 10, 20, f"{9:032x}", "ok", frame=frame, frames=3) for frame in range(3)]
+    good = {stored.path for stored in catalog.stored_files(root, fingerprint="f" * 16)}
+
+    class Interrupted:
+        def __getattr__(self, _name):  # as a signal between two rows
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        catalog.put_files([*rows[:2], Interrupted()])
+    catalog.commit()
+    assert {stored.path for stored in catalog.stored_files(root, fingerprint="f" * 16)} == good
+    catalog.put_files(rows)
+    assert len(list(catalog.stored_files(root, fingerprint="f" * 16))) > len(good)

@@ -15,6 +15,7 @@ from dinosearch.index.contents import index_info, read_vectors
 from dinosearch.index.forget import forget
 from dinosearch.index.generation import write_generation
 from dinosearch.index.reader import unit
+from dinosearch.index.relocate import relocate
 from dinosearch.index.survey import GivenOptions
 from dinosearch.query.search import open_index
 
@@ -83,8 +84,10 @@ def test_what_a_forgotten_file_was_before_is_told_and_pruned(shop):
         forget(shop.index, [str(path)])
     with Catalog.open(shop.index) as catalog:
         assert catalog.n_orphans() == 1
-        shop.sync(prune=True)
+    shop.sync(prune=True)
+    with Catalog.open(shop.index) as catalog:
         assert catalog.n_orphans() == 0
+    assert traces(shop, before, as_float32(before)) == []
 
 
 def test_a_forgotten_file_that_is_still_there_is_not_taken_in_again(shop):
@@ -220,3 +223,32 @@ def test_of_a_file_that_is_still_there_only_its_name_is_kept_and_the_help_says_s
     assert traces(shop, vector, as_float32(vector)) == []
     assert traces(shop, b"a-name-like-no-other") == ["catalog.sqlite"]
     assert "the names are kept" in " ".join((command.forget.__doc__ or "").split())
+
+
+@pytest.mark.parametrize("mount_point_stays", [False, True])
+def test_what_is_forgotten_while_its_disk_is_away_stays_forgotten(shop, tmp_path, mount_point_stays):
+    shop.sync()
+    shop.root.rename(tmp_path / "away")
+    if mount_point_stays:
+        shop.root.mkdir()
+    forgotten = forget(shop.index, [str(shop.root / "private")])
+    assert (forgotten.files, len(forgotten.excluded)) == (4, 4)
+    if mount_point_stays:
+        shop.root.rmdir()
+    (tmp_path / "away").rename(shop.root)
+    summary = shop.sync()
+    assert (summary.new, summary.unchanged, summary.images) == (0, 12, 12)
+
+
+def test_a_renamed_folder_brings_nothing_forgotten_back(shop, tmp_path):
+    shop.sync()
+    forget(shop.index, [str(shop.root / "private")])
+    before = shop.root
+    shop.root = shop.root.rename(tmp_path / "pictures")
+    with pytest.raises(DinosearchError, match=r"4 that are forgotten there .* dinosearch relocate"):
+        shop.sync()
+    with Catalog.open(shop.index) as catalog:
+        assert [root.location for root in catalog.roots().values()] == [str(before)]
+    relocate(shop.index, str(before), str(shop.root))
+    summary = shop.sync()
+    assert (summary.new, summary.unchanged, summary.images) == (0, 12, 12)

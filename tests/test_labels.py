@@ -129,6 +129,11 @@ def test_what_is_no_text_is_refused(tmp_path, files):
         load_labels(write(tmp_path, "path,label\na.jpg,cat\n", encoding="utf-16"), files)
 
 
+def test_a_quote_that_nobody_closes_swallows_no_lines(tmp_path, files):
+    with pytest.raises(DinosearchError, match=r"is no CSV .line 2: .* Close its quotes"):
+        load_labels(write(tmp_path, 'path,label\ncatalog/a.jpg,"cat\ncatalog/b.jpg,dog\n'), files)
+
+
 def test_a_missing_csv_is_an_error(tmp_path, files):
     with pytest.raises(DinosearchError, match="--labels"):
         load_labels(Path(tmp_path / "none.csv"), files)
@@ -189,3 +194,15 @@ def test_a_file_called_folders_is_a_csv_when_named_as_a_path(tmp_path, files, mo
     monkeypatch.chdir(tmp_path)
     Path("folders").write_text("path,label\ncatalog/a.jpg,cat\n")
     assert load_labels("./folders", files).labels == ["cat"]
+
+
+def test_folders_in_archives_are_labels_too(tmp_path):
+    root = tmp_path / "pets.zip"
+    members = ["cat/a.jpg", "dog/b.jpg", "c.jpg", "../d.jpg"]
+    files = [IndexedFile(root / member, "", root, member=member) for member in members]
+    found = load_labels("folders", files)
+    assert [(files[row].member, label) for row, label in zip(found.rows, found.labels, strict=True)] == [
+        ("cat/a.jpg", "cat"),
+        ("dog/b.jpg", "dog"),
+    ]
+    assert found.n_outside == 2

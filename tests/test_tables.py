@@ -156,3 +156,16 @@ def test_without_pyarrow_parquet_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(DinosearchError, match=r"pip install 'dinosearch\[tables\]'"):
         rows(write("t.parquet", "PAR1"))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_a_quote_that_nobody_closes_swallows_no_images(name):
+    between = "\t" if name == "t.tsv" else ","
+    for lines in (
+        ["path,title", 'a.jpg,"Hello', "b.jpg,x", "sub/c.jpg,y"],
+        ["path,title", 'a.jpg,"Hello', 'b.jpg,"x"'],
+    ):
+        with pytest.raises(DinosearchError, match=f"{name} is no CSV .line 2: .* Close its quotes"):
+            rows(write(name, "\n".join(lines).replace(",", between)))
+    text = 'path,title\na.jpg,"two\nlines"\nb.jpg,"so" she said\n'.replace(",", between)
+    assert rows(write(name, text)) == {"a.jpg": {"title": "two\nlines"}, "b.jpg": {"title": "so she said"}}

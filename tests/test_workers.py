@@ -289,3 +289,10 @@ def test_a_process_that_cannot_start_says_why(monkeypatch, tmp_path):
     (tmp_path / "python").chmod(0o755)
     with pool_of() as pool, pytest.raises(DinosearchError, match="no such luck"), pool.take(b""):
         pass
+
+
+def test_pillows_own_limit_binds_no_process(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    large = encoded(Image.new("L", (14_000, 13_000)), "TIFF", compression="packbits")
+    with pool_of(max_pixels=200_000_000) as pool, pool.take(large) as file:
+        assert file.decode().width == 14_000

@@ -15,6 +15,8 @@ import warnings
 from io import FileIO
 from typing import Any
 
+from PIL import Image
+
 from dinosearch.images.decode import BadImage, Fit, Frames, content_hash, decode
 from dinosearch.images.read import read_stable
 from dinosearch.images.source import StableBytes
@@ -48,6 +50,7 @@ def main() -> None:
     for number in (0, 1, 2):
         os.dup2(nowhere, number)
     warnings.simplefilter("ignore")  # Pillow's remarks on broken tags
+    Image.MAX_IMAGE_PIXELS = None  # which TIFF and WebP ask for; the pixel budget and the memory's limit hold instead
     _leave_signals_to_the_parent()
     _limit_memory(job["memory"])
     try:

@@ -133,8 +133,11 @@ class Catalog(CatalogReader):
         )
 
     def put_files(self, rows: Iterable[FileRow]) -> None:
-        """Write what was found. A file that cannot be read keeps the hash it had: it may come back."""
-        rows = list(rows)
+        """Write what was found, all or nothing. A file that cannot be read keeps the hash it had: it may come back."""
+        with self._whole():
+            self._put_files(list(rows))
+
+    def _put_files(self, rows: list[FileRow]) -> None:
         self._write(
             """INSERT INTO files (root, path, member, frame, size, mtime_ns, content_hash, status, reason, width,
             height, decoders, frames, metadata) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, nullif(?, ''))
@@ -187,13 +190,19 @@ class Catalog(CatalogReader):
         )
 
     def prune(self) -> int:
-        """Forget vectors that no file has, and those of other models than the answering one. Returns how many."""
+        """Forget vectors that no file has, and those of other models than the answering one. Returns how many.
+
+        Their traces, and the space they took, go with `finish_erasure` after the commit.
+        """
         with self._transaction():
+            self._connection.execute("PRAGMA secure_delete = ON")
             cursor = self._connection.execute(
                 """DELETE FROM vectors WHERE fingerprint != ? OR NOT EXISTS (SELECT 1 FROM files AS f
                 WHERE f.content_hash = vectors.content_hash AND f.frame = vectors.frame)""",
                 (self.fingerprint,),
             )
+            if cursor.rowcount:
+                self._write("INSERT OR REPLACE INTO meta VALUES ('erasing', ?)", [("1",)])
             return cursor.rowcount
 
     def put_generation(self, generation: Generation) -> None:
@@ -284,14 +293,23 @@ class Catalog(CatalogReader):
                 ((number, _stored(mark + path)) for number, path in new.items()),
             )
 
-    def compact(self) -> None:
-        """Give the space of forgotten rows back to the disk."""
-        with self._lock, explained(self.path):
-            self._connection.execute("VACUUM")
-
     def _write(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
         with self._transaction():
             self._connection.executemany(statement, rows)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is written here is undone by an error, or a signal, in the middle of it; what was before stays."""
+        with self._transaction():
+            self._connection.execute("SAVEPOINT whole")
+            try:
+                yield
+            except BaseException:
+                if self._connection.in_transaction:  # on a full disk SQLite may have ended it
+                    self._connection.execute("ROLLBACK TO whole")
+                    self._connection.execute("RELEASE whole")
+                raise
+            self._connection.execute("RELEASE whole")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

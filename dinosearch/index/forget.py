@@ -1,8 +1,8 @@
 """Erase files from an index: rows, vectors and every trace of them in its files. The images themselves stay.
 
 What is still in its source is passed over from then on, so that no sync takes it in again, whatever it excludes; that
-keeps the path in the source's options. What is gone from its source leaves no trace, not even its name; of archives and
-the network only a scan could tell what is gone, so there the name is kept.
+keeps the path in the source's options. What is gone from its source leaves no trace, not even its name; of archives,
+the network and a disk that is away nobody can tell what is gone, so there the name is kept.
 """
 
 from __future__ import annotations
@@ -136,9 +136,29 @@ def _keep_out(
 
 
 def _is_there(source: Source, stored: StoredFile) -> bool:
-    """Whether a sync might find it: of archives and the network only a scan could tell, so it is taken to be there."""
+    """Whether a sync might find it, now or later. Of archives and the network only a scan could tell, and of a disk
+    that is away only its return: it is taken to be there.
+    """
     path = source.file_path(stored.image)
-    return path is None or os.path.lexists(path)
+    if path is None:
+        return True
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        around = os.path.dirname(path) if isinstance(source, NamedImages) else source.location  # noqa: PTH120
+        return not _has_entries(around)
+    except OSError:
+        return True
+    return True
+
+
+def _has_entries(folder: str) -> bool:
+    """It can be read, and is not the empty folder that a disk leaves where it was mounted."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(True for _ in entries)
+    except OSError:
+        return False
 
 
 def _write_vectors_anew(catalog: Catalog, *, max_memory: int | None, note: Callable[[str], None]) -> None:

@@ -166,6 +166,7 @@ def sync_index(
             changes.add_lost(catalog.stored_files(root.id, fingerprint=model.fingerprint, keys=keys))
         moves = yield from _match_moves(changes, catalog.meta("content_hash"), limits.workers)
         refuse_mass_deletion(changes, but=given if allow_deletions else ())
+        _refuse_forgotten_again(catalog, lost, moves)
         outcomes = _apply(catalog, changes, moves, keys)
         _say_lost(catalog, lost, note)
         _check_disk(index_path, len(changes.wanted), model.dim)
@@ -281,6 +282,20 @@ def _known_names(catalog: Catalog, root: Root | None) -> list[str]:
 def _is_lost(root: Root) -> bool:
     """Whether a source is not there that holds its images itself, as lists and patterns do not."""
     return root.kind in ("folder", "files", "archive") and not os.path.exists(root.location)  # noqa: PTH110
+
+
+def _refuse_forgotten_again(catalog: Catalog, lost: Iterable[Root], moves: list[_Move]) -> None:
+    """Images that turn up elsewhere would bring those along that lay beside them and are forgotten."""
+    moved = {move.stored.id for move in moves}
+    for root in lost:
+        if root.options.forgotten and any(
+            stored.id in moved for stored in catalog.stored_files(root.id, fingerprint=catalog.fingerprint)
+        ):
+            raise DinosearchError(
+                f"images of {root.location} are elsewhere now, and {len(root.options.forgotten)} that are forgotten "
+                f"there would be indexed again; nothing was changed. Run dinosearch relocate {root.location} NEW "
+                f"first, or dinosearch forget {root.location}"
+            )
 
 
 def _say_lost(catalog: Catalog, lost: Iterable[Root], note: Callable[[str], None]) -> None:
@@ -449,10 +464,13 @@ def _finish(
             catalog, fingerprint=model.fingerprint, dim=model.dim, max_memory=left, note=note
         )
         catalog.put_generation(written)
+    if n_pruned:  # the generation before has their vectors too
+        present = catalog.generation() if catalog.n_vectors(fingerprint=model.fingerprint) else None
+        catalog.forget_generations(but=present.number if present else 0)
     catalog.commit()
     generation.remove_old_generations(catalog)
-    if n_pruned:
-        catalog.compact()
+    if not catalog.finish_erasure():
+        note("another program reads the index: the next run of index or forget removes the last traces on the disk")
 
 
 def _switch(catalog: Catalog, model: ModelFolder, held_back: list[FileRow]) -> None:

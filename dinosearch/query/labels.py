@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinosearch.errors import DinosearchError, UsageError
+from dinosearch.images.csv_rows import csv_rows
 from dinosearch.images.sources import is_url
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _by_folder(files: Sequence[IndexedFile]) -> Labels:
     for position, file in enumerate(files):
         positions.setdefault(os.fspath(file.path), position)
     order = sorted(positions.values(), key=lambda position: os.fsencode(files[position].path))
-    folders = {position: _folders(files[position].relative) for position in order}
+    folders = {position: _folders(files[position].member or files[position].relative) for position in order}
     inside = [position for position in order if folders[position]]
     if not inside:
         raise UsageError("--labels folders needs images in subfolders. Sort them into some, or name a CSV")
@@ -133,15 +134,18 @@ def _read_rows(csv_path: Path) -> Iterator[LabelRow]:
     try:
         # utf-8-sig: spreadsheets write a byte order mark. surrogateescape: names of files need not be UTF-8.
         with csv_path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = csv.reader(file)
-            columns = _columns(csv_path, next(lines, []))
-            for cells in lines:
+            rows = csv_rows(list(file))
+            _, header = next(rows, (1, []))
+            columns = _columns(csv_path, header)
+            for line, cells in rows:
                 if any(cell.strip() for cell in cells):
-                    yield _row(csv_path, lines.line_num, cells, columns)
+                    yield _row(csv_path, line, cells, columns)
     except OSError as error:
         raise DinosearchError(f"cannot read {csv_path} ({error.strerror}). Check --labels") from error
     except csv.Error as error:
-        raise DinosearchError(f"{csv_path} is no CSV ({error}). Save it as comma-separated UTF-8 text") from error
+        raise DinosearchError(
+            f"{csv_path} is no CSV ({error}). Close its quotes, and save it as comma-separated UTF-8 text"
+        ) from error
 
 
 def _columns(csv_path: Path, header: list[str]) -> dict[str, int]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dinosearch.errors import DinosearchError
+from dinosearch.images.csv_rows import csv_rows
 from dinosearch.images.sources.metadata import as_json
 from dinosearch.images.sources.named import Named, NamedImages
 
@@ -75,14 +76,17 @@ def _csv_rows(location: str) -> Iterator[Named]:
 
 def _csv_cells(location: str, text: str) -> Iterator[tuple[int, list[str]]]:
     """Line numbers and stripped cells, without empty lines; the header comes first."""
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if location.lower().endswith(".tsv") else ",")
+    delimiter = "\t" if location.lower().endswith(".tsv") else ","
     try:
-        for cells in lines:
+        for line, cells in csv_rows(list(io.StringIO(text, newline="")), delimiter=delimiter):
             stripped = [cell.strip() for cell in cells]
             if any(stripped):
-                yield lines.line_num, stripped
+                yield line, stripped
     except csv.Error as error:
-        raise DinosearchError(f"{location} is no CSV ({error}). Save it as comma-separated UTF-8 text") from error
+        raise DinosearchError(
+            f"{location} is no CSV ({error}). Close its quotes, double those inside quoted cells, and save it as UTF-8 "
+            "text"
+        ) from error
 
 
 def _path_column(location: str, names: list[str]) -> int:
