@@ -465,3 +465,6 @@ def test_a_zip_replaced_while_it_was_closed_gives_no_bytes_of_another(tmp_path):
     write_archive(path, {"a.jpg": b"other"}, age=500)
     with pytest.raises(BadImage, match="changes while it is read"):
         source.read(image)
+    path.write_bytes(path.read_bytes()[:40])  # half written
+    with pytest.raises(BadImage, match="changes while it is read"):
+        source.read(image)

@@ -240,15 +240,76 @@ def test_what_is_forgotten_while_its_disk_is_away_stays_forgotten(shop, tmp_path
     assert (summary.new, summary.unchanged, summary.images) == (0, 12, 12)
 
 
+def test_what_a_pattern_found_and_is_gone_leaves_no_trace(shop, tmp_path):
+    shop.root = tmp_path / "empty"
+    path = write_image(tmp_path / "images" / "a-name-like-no-other.png", 77)
+    pattern = open_sources([str(tmp_path / "images" / "**" / "*.png")])
+    shop.sync(roots=pattern)
+    path.unlink()
+    assert forget(shop.index, [str(path)]).excluded == []
+    assert traces(shop, b"a-name-like-no-other") == []
+
+
+def test_what_lies_on_a_disk_inside_a_source_stays_forgotten_while_it_is_away(shop, tmp_path):
+    shop.sync()
+    (shop.root / "private").rename(tmp_path / "away")
+    (shop.root / "private").mkdir()  # the mount point
+    assert len(forget(shop.index, [str(shop.root / "private")]).excluded) == 4
+    (shop.root / "private").rmdir()
+    (tmp_path / "away").rename(shop.root / "private")
+    assert shop.sync().new == 0
+
+
+def test_an_erasure_on_a_full_disk_waits(shop, monkeypatch):
+    path = write_image(shop.root / "a-name-like-no-other.png", 77)
+    shop.sync()
+    path.unlink()
+    erasing = Catalog.finish_erasure
+
+    class Full:
+        def __init__(self, connection):
+            self.connection = connection
+
+        def execute(self, statement, *values):
+            if statement != "VACUUM":
+                return self.connection.execute(statement, *values)
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+
+    def without_room(catalog):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(catalog, "_connection", Full(catalog._connection))
+            return erasing(catalog)
+
+    monkeypatch.setattr(Catalog, "finish_erasure", without_room)
+    said = []
+    forget(shop.index, [str(path)], note=said.append)
+    assert "or the disk has no room" in said[-1]
+    monkeypatch.undo()
+    assert shop.sync().unchanged == 16
+    assert traces(shop, b"a-name-like-no-other") == []
+
+
 def test_a_renamed_folder_brings_nothing_forgotten_back(shop, tmp_path):
     shop.sync()
     forget(shop.index, [str(shop.root / "private")])
     before = shop.root
     shop.root = shop.root.rename(tmp_path / "pictures")
-    with pytest.raises(DinosearchError, match=r"4 that are forgotten there .* dinosearch relocate"):
+    with pytest.raises(DinosearchError, match=r"pictures/private/0000.png looks like one .* dinosearch relocate"):
         shop.sync()
     with Catalog.open(shop.index) as catalog:
         assert [root.location for root in catalog.roots().values()] == [str(before)]
     relocate(shop.index, str(before), str(shop.root))
     summary = shop.sync()
     assert (summary.new, summary.unchanged, summary.images) == (0, 12, 12)
+
+
+def test_a_copy_of_an_image_on_a_disk_that_is_away_brings_nothing_forgotten(shop, tmp_path):
+    shop.sync()
+    forget(shop.index, [str(shop.root / "private")])
+    shop.root = shop.root.rename(tmp_path / "away")
+    write_image(tmp_path / "other" / "copy.png", 0)  # as images/0000.png
+    write_image(tmp_path / "other" / "new.png", 500)
+    summary = shop.sync(roots=[tmp_path / "other"])
+    assert (summary.moved, summary.new) == (1, 1)

@@ -180,6 +180,7 @@ def test_without_a_network_one_line_names_both_ways_out(tmp_path):
     [
         ("timm:vit_smal", "timm has no model 'vit_smal'"),
         ("timm:", "timm has no model ''"),
+        ("timm:vit_tiny_patch16_224.fb_dino", r"no weights .* There are timm:vit_tiny_patch16_224\.augreg_in21k"),
         ("timm:vit_tiny_patch16_18x2_224", "timm has no model"),
         ("timm:vit_base_patch16_plus_240", "no pretrained weights.*Choose one with a tag"),
     ],
@@ -266,6 +267,8 @@ def test_an_import_refuses_what_it_cannot_do(models, tmp_path, spec, name, messa
 def test_patches_fill_the_square_of_a_timm_model(tmp_path):
     with pytest.raises(DinosearchError, match=r"512 px is no multiple .* of 14 px. Use --image-size 504 or 518"):
         resolve_model(None, models=tmp_path / "models", image_size=512)
+    with pytest.raises(DinosearchError, match=r"100 px is no multiple .* of 8 px. Use --image-size 96 or 104"):
+        resolve_model("timm:xcit_small_12_p8_224.fb_in1k", models=tmp_path / "models", image_size=100)
     assert not (tmp_path / "models").exists()
 
 

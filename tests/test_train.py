@@ -537,9 +537,10 @@ def test_a_run_that_came_to_nothing_leaves_its_name_free(images: Path, tmp_path:
     report, _ = run(images, models, name="dark", steps=1)
     assert Path(report.model) == models / "dark"
     (models / "notes").mkdir()
-    (models / "notes" / "a.txt").write_text("somebody's")
-    with pytest.raises(UsageError, match="exists"):
-        run(images, models, name="notes", steps=1)
+    for name in ("notes/a.txt", "file"):
+        (models / name).write_text("somebody's")
+        with pytest.raises(UsageError, match="exists"):
+            run(images, models, name=name.split("/")[0], steps=1)
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -45,8 +45,9 @@ def export(
 def _export_index(source: str, to: str, out: Path | None, *, as_json: bool) -> None:
     from dinosearch.index.export import export_index
     from dinosearch.index.locate import indexes_path, resolve_index
+    from dinosearch.vit.folder import model_in
 
-    if (Path(source) / "model.json").is_file():
+    if model_in(Path(source)) is not None:
         raise UsageError(f"{source} is a model, and {to} holds an index's vectors. Choose --to onnx, openvino or hf")
     index_path = resolve_index(source, indexes=indexes_path(), note=show.note)
     written = export_index(index_path, form=to, out=out)

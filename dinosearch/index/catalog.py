@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
@@ -262,12 +263,20 @@ class Catalog(CatalogReader):
             return self._connection.total_changes - before
 
     def finish_erasure(self) -> bool:
-        """Remove the last traces of what was erased from the catalog's files; False if a reader still needs them."""
+        """Remove the last traces of what was erased from the catalog's files; False if that has to wait.
+
+        A reader still needs them then, or there is no room for the second copy that it takes.
+        """
         if not self._rows("SELECT 1 FROM meta WHERE key = 'erasing'"):
             return True
         with self._lock, explained(self.path):
             self._connection.execute("PRAGMA secure_delete = ON")
-            self._connection.execute("VACUUM")
+            try:
+                self._connection.execute("VACUUM")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY):
+                    return False
+                raise
             busy = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             if not busy:
                 self._connection.execute("DELETE FROM meta WHERE key = 'erasing'")

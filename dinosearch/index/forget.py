@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dinosearch.errors import DinosearchError
 from dinosearch.images.source import Source
+from dinosearch.images.sources.local import LocalFiles
 from dinosearch.images.sources.named import NamedImages
 from dinosearch.index.catalog import Catalog
 from dinosearch.index.generation import remove_old_generations, write_generation
@@ -75,7 +76,10 @@ def forget(
                 "index --prune drops them"
             )
         if not catalog.finish_erasure():
-            note("another program reads the index: the next run of index or forget removes the last traces on the disk")
+            note(
+                "the last traces on the disk go with the next run of index or forget: another program reads the index "
+                "now, or the disk has no room for a copy of its catalog"
+            )
         return Forgotten(index_path.name, len(ids), n_vectors, excluded, catalog.n_images())
 
 
@@ -145,11 +149,20 @@ def _is_there(source: Source, stored: StoredFile) -> bool:
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
-        around = os.path.dirname(path) if isinstance(source, NamedImages) else source.location  # noqa: PTH120
+        around = os.path.dirname(path)  # noqa: PTH120
+        if isinstance(source, LocalFiles) and not isinstance(source, NamedImages):
+            around = _nearest(around, within=source.base)
         return not _has_entries(around)
     except OSError:
         return True
     return True
+
+
+def _nearest(folder: str, *, within: str) -> str:
+    """The deepest of a folder and those above it, up to the base of its source, that is there."""
+    while folder != within and len(folder) > len(within) and not os.path.isdir(folder):  # noqa: PTH112 - Path's raises
+        folder = os.path.dirname(folder)  # noqa: PTH120
+    return folder
 
 
 def _has_entries(folder: str) -> bool:

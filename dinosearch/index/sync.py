@@ -166,7 +166,7 @@ def sync_index(
             changes.add_lost(catalog.stored_files(root.id, fingerprint=model.fingerprint, keys=keys))
         moves = yield from _match_moves(changes, catalog.meta("content_hash"), limits.workers)
         refuse_mass_deletion(changes, but=given if allow_deletions else ())
-        _refuse_forgotten_again(catalog, lost, moves)
+        _refuse_forgotten_again(catalog, lost, changes, moves)
         outcomes = _apply(catalog, changes, moves, keys)
         _say_lost(catalog, lost, note)
         _check_disk(index_path, len(changes.wanted), model.dim)
@@ -284,18 +284,27 @@ def _is_lost(root: Root) -> bool:
     return root.kind in ("folder", "files", "archive") and not os.path.exists(root.location)  # noqa: PTH110
 
 
-def _refuse_forgotten_again(catalog: Catalog, lost: Iterable[Root], moves: list[_Move]) -> None:
-    """Images that turn up elsewhere would bring those along that lay beside them and are forgotten."""
+def _refuse_forgotten_again(catalog: Catalog, lost: Iterable[Root], changes: Changes, moves: list[_Move]) -> None:
+    """Of a source that was moved by other means than `relocate`, what is forgotten would come back under a new path."""
     moved = {move.stored.id for move in moves}
+    new = [wanted for wanted in changes.wanted if wanted.stored is None]
     for root in lost:
-        if root.options.forgotten and any(
+        again = [wanted for wanted in new if _is_forgotten(wanted.found, root)] if root.options.forgotten else []
+        if again and any(
             stored.id in moved for stored in catalog.stored_files(root.id, fingerprint=catalog.fingerprint)
         ):
             raise DinosearchError(
-                f"images of {root.location} are elsewhere now, and {len(root.options.forgotten)} that are forgotten "
-                f"there would be indexed again; nothing was changed. Run dinosearch relocate {root.location} NEW "
-                f"first, or dinosearch forget {root.location}"
+                f"images of {root.location} are elsewhere now, and {again[0].path} looks like one that is forgotten "
+                f"there; nothing was changed. Run dinosearch relocate {root.location} NEW first, or --exclude it"
             )
+
+
+def _is_forgotten(found: FoundImage, root: Root) -> bool:
+    """By its path below a root, wherever that may lie now."""
+    return any(
+        found.member == member and (found.path == path or found.path.endswith(f"/{path}"))
+        for path, member in root.options.forgotten
+    )
 
 
 def _say_lost(catalog: Catalog, lost: Iterable[Root], note: Callable[[str], None]) -> None:
@@ -470,7 +479,10 @@ def _finish(
     catalog.commit()
     generation.remove_old_generations(catalog)
     if not catalog.finish_erasure():
-        note("another program reads the index: the next run of index or forget removes the last traces on the disk")
+        note(
+            "the last traces on the disk go with the next run of index or forget: another program reads the index "
+            "now, or the disk has no room for a copy of its catalog"
+        )
 
 
 def _switch(catalog: Catalog, model: ModelFolder, held_back: list[FileRow]) -> None:

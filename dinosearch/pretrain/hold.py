@@ -1,5 +1,6 @@
 """A run's folder: held by one process, and given back to the model it replaced if nothing came of the run."""
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -26,9 +27,9 @@ def held_run(folder: Path, *, resumed: bool, replace: bool) -> Iterator[None]:
             empty = _is_empty(folder)
             if not (replace or empty):
                 raise ModelLocked(f"another run has made {folder} meanwhile. Try again, or under another --name")
-            stack.close()  # nobody trains there
             if empty:
-                shutil.rmtree(folder)
+                _clear(folder / "training")
+            stack.close()  # nobody trains there
             stack.enter_context(_made(folder) if empty else _replaced(folder))
         else:
             stack.enter_context(_made(folder))
@@ -63,9 +64,9 @@ def given_up(folder: Path) -> bool:
     """All that is there is what a run left behind that ended, or was killed, before it had anything."""
     try:
         refuse_held(folder)
-    except DinosearchError:
+        return _is_empty(folder)
+    except (DinosearchError, OSError):
         return False
-    return _is_empty(folder)
 
 
 @contextmanager
@@ -112,10 +113,20 @@ def _let_go(folder: Path) -> None:
     if not former.exists():
         return
     if (folder / "model.json").exists() or model_in(former) is None:
-        remove_model(former)
+        with contextlib.suppress(OSError):  # somebody reads there: the rest goes with the next --overwrite
+            remove_model(former)
     elif not (former / "model.json").exists():  # a run that was to replace a model, and which nobody will go on with
         for checkpoint in (former / "training").glob(PATTERN):
             checkpoint.unlink()
+
+
+def _clear(training: Path) -> None:
+    """Of what a run left behind only the lock stays: somebody else may wait for it."""
+    for path in training.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not path.name.startswith("lock"):
+            path.unlink()
 
 
 def _holds_something(folder: Path) -> bool:

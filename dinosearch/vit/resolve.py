@@ -88,7 +88,8 @@ def import_model(
         raise UsageError(f"{models / name} exists. Choose another --name")
     if spec.startswith("timm:"):
         return _timm_model(spec, models=models, image_size=image_size, note=note, name=name)
-    path = Path(spec) / "weights.safetensors" if (Path(spec) / "model.json").is_file() else Path(spec)
+    own = model_in(Path(spec))
+    path = Path(spec) if own is None else own / "weights.safetensors"
     if not path.is_file():
         raise ModelNotFound(
             f"no file {spec!r}. Name a .pth or .safetensors file of DINO, DINOv2 or DINOv3, or timm:<name>"
@@ -133,16 +134,19 @@ def _timm_model(spec: str, *, models: Path, image_size: int | None, note: Note, 
         close = timm.list_models(f"*{arch.split('.')[0]}*", pretrained=True)[:3]
         hint = f"Did you mean timm:{' or timm:'.join(close)}?" if close else "timm.list_models('vit_*') lists them"
         raise ModelNotFound(f"timm has no model {arch!r}. {hint}")
-    config = timm.get_pretrained_cfg(arch)
+    try:
+        config = timm.get_pretrained_cfg(arch)
+    except RuntimeError:  # a tag that it does not have
+        there = timm.list_models(f"{arch.split('.')[0]}.*", pretrained=True)[:3]
+        hint = f"There are timm:{', timm:'.join(there)}" if there else f"Choose another, such as {DEFAULT_MODEL}"
+        raise ModelNotFound(f"timm has no weights {arch!r}. {hint}") from None
     if config is None or not config.has_weights:
         raise ModelNotFound(
             f"timm has no pretrained weights for {arch!r}. Choose one with a tag, such as {DEFAULT_MODEL}"
         )
     size = image_size or _default_size(config.input_size[-1])
-    if image_size is not None and (patch := _patch_size(arch)) is not None:
-        from dinosearch.vit.released import square_for
-
-        square_for(image_size, size, patch)
+    if image_size is not None:
+        _check_size(arch, image_size)
     arch_kwargs: dict[str, Any] = {"img_size": size}
     facts = ModelFacts(
         arch=arch,
@@ -259,15 +263,21 @@ def _rgb(values: Iterable[float]) -> tuple[float, float, float]:
     return (float(red), float(green), float(blue))
 
 
-def _patch_size(arch: str) -> int | None:
-    """Of one of timm's vision transformers; nothing is fetched, and no memory taken."""
+def _check_size(arch: str, image_size: int) -> None:
+    """Raises DinosearchError for a size that one of timm's models does not fill with patches; nothing is fetched."""
     import timm
     import torch
 
-    with torch.device("meta"):
-        patches: Any = getattr(timm.create_model(arch, pretrained=False, num_classes=0), "patch_embed", None)
+    from dinosearch.vit.released import square_for
+
+    try:
+        with torch.device("meta"):
+            patches: Any = getattr(timm.create_model(arch, pretrained=False, num_classes=0), "patch_embed", None)
+    except (TypeError, AssertionError, RuntimeError, ValueError):
+        return  # which says why when it is made for use
     patch = getattr(patches, "patch_size", None)
-    return None if patch is None else int(patch[0])
+    if patch is not None:
+        square_for(image_size, image_size, patch if isinstance(patch, int) else patch[0])
 
 
 def _default_size(native: int) -> int:

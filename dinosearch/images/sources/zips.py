@@ -61,6 +61,8 @@ class ZipSource(Archive):
     def read(self, image: FoundImage) -> StableBytes:
         try:
             with self._lock:
+                if self._opened is None and self._seen is not None and self.facts() != self._seen:
+                    raise BadImage("unreadable", "the archive changes while it is read")
                 archive, opened_as, members = self._open()
                 info = members.get(image.member)
                 if info is None:
@@ -68,8 +70,6 @@ class ZipSource(Archive):
                 if info.flag_bits & 1:
                     raise BadImage("unreadable", "encrypted")
                 refuse_large(info.file_size)
-                if opened_as != self._seen:
-                    raise BadImage("unreadable", "the archive changes while it is read")
                 file = archive.open(info)
             _close_others(self)
             try:
