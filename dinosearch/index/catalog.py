@@ -38,6 +38,11 @@ from dinosearch.index.schema import FORMAT, check_format, make_tables, migrate
 FILE_NAME = "catalog.sqlite"
 CONTENT_HASH = "blake3"
 """What new catalogs know contents by; one that grew from format 1 goes on with its own."""
+ERASURE_WAITS = (
+    "the last traces on the disk go with the next run of index or forget: another program reads the index now, or the "
+    "disk has no room for a copy of its catalog"
+)
+"""Where `Catalog.finish_erasure` cannot."""
 
 
 class Catalog(CatalogReader):

@@ -16,7 +16,7 @@ from dinosearch.errors import DinosearchError
 from dinosearch.images.source import Source
 from dinosearch.images.sources.local import LocalFiles
 from dinosearch.images.sources.named import NamedImages
-from dinosearch.index.catalog import Catalog
+from dinosearch.index.catalog import ERASURE_WAITS, Catalog
 from dinosearch.index.generation import remove_old_generations, write_generation
 from dinosearch.index.lock import writer_lock
 from dinosearch.index.rows import StoredFile
@@ -76,10 +76,7 @@ def forget(
                 "index --prune drops them"
             )
         if not catalog.finish_erasure():
-            note(
-                "the last traces on the disk go with the next run of index or forget: another program reads the index "
-                "now, or the disk has no room for a copy of its catalog"
-            )
+            note(ERASURE_WAITS)
         return Forgotten(index_path.name, len(ids), n_vectors, excluded, catalog.n_images())
 
 

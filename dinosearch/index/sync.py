@@ -28,7 +28,7 @@ from dinosearch.images.reading import Reading, readings
 from dinosearch.images.source import FoundImage, Source
 from dinosearch.images.sources import known_source
 from dinosearch.index import generation
-from dinosearch.index.catalog import Catalog, is_index
+from dinosearch.index.catalog import ERASURE_WAITS, Catalog, is_index
 from dinosearch.index.compare import Changes, View, Wanted, compare, match_moves, refuse_mass_deletion
 from dinosearch.index.embed import MOST_FRAMES, Embedding, EncoderPlan
 from dinosearch.index.limits import left_for_vectors, limits_for
@@ -478,11 +478,8 @@ def _finish(
         catalog.forget_generations(but=present.number if present else 0)
     catalog.commit()
     generation.remove_old_generations(catalog)
-    if not catalog.finish_erasure():
-        note(
-            "the last traces on the disk go with the next run of index or forget: another program reads the index "
-            "now, or the disk has no room for a copy of its catalog"
-        )
+    if n_pruned and not catalog.finish_erasure():
+        note(ERASURE_WAITS)
 
 
 def _switch(catalog: Catalog, model: ModelFolder, held_back: list[FileRow]) -> None:

@@ -1,15 +1,14 @@
 """A run's folder: held by one process, and given back to the model it replaced if nothing came of the run."""
 
-import contextlib
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dinosearch.errors import DinosearchError, Interrupted, ModelLocked
 from dinosearch.lock import held
 from dinosearch.pretrain.checkpoint import PATTERN
-from dinosearch.vit.folder import REPLACED, first_line, model_in, remove_model
+from dinosearch.vit.folder import REPLACED, model_in, remove_model
 
 
 @contextmanager
@@ -39,18 +38,6 @@ def held_run(folder: Path, *, resumed: bool, replace: bool) -> Iterator[None]:
         finally:
             if _holds_something(folder):
                 _let_go(folder)
-
-
-@contextmanager
-def unwritable_told(folder: Path) -> Iterator[None]:
-    """Turn what the system says where it lets nobody write into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise DinosearchError(
-            f"{folder} cannot be written ({first_line(error)}). Make room there and make it writable, or set "
-            "DINOSEARCH_MODELS to another folder"
-        ) from error
 
 
 def refuse_held(folder: Path) -> None:
@@ -113,7 +100,7 @@ def _let_go(folder: Path) -> None:
     if not former.exists():
         return
     if (folder / "model.json").exists() or model_in(former) is None:
-        with contextlib.suppress(OSError):  # somebody reads there: the rest goes with the next --overwrite
+        with suppress(OSError):  # somebody reads there: the rest goes with the next --overwrite
             remove_model(former)
     elif not (former / "model.json").exists():  # a run that was to replace a model, and which nobody will go on with
         for checkpoint in (former / "training").glob(PATTERN):

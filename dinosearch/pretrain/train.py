@@ -32,7 +32,7 @@ from dinosearch.pretrain.device import choose_device, describe_machine, keep_fre
 from dinosearch.pretrain.distill import Mentor
 from dinosearch.pretrain.distributed import Team, teamwork
 from dinosearch.pretrain.gather import TrainingImage, decode_pool, gather_images, images_digest
-from dinosearch.pretrain.hold import held_run, refuse_held, unwritable_told
+from dinosearch.pretrain.hold import held_run, refuse_held
 from dinosearch.pretrain.logs import open_logs
 from dinosearch.pretrain.memory import available_bytes, forecast, out_of_memory_explained, ways_to_save
 from dinosearch.pretrain.plan import Plan, plan_from_facts, plan_length
@@ -50,7 +50,7 @@ from dinosearch.pretrain.resume import (
 )
 from dinosearch.pretrain.run import Run
 from dinosearch.pretrain.warmstart import keep_start
-from dinosearch.vit.folder import Note, quiet
+from dinosearch.vit.folder import Note, quiet, unwritable_told
 
 FAILED = "failed.jsonl"
 """Lists the images that were left out, in the run's folder."""

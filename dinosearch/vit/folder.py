@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -208,6 +209,18 @@ def save_model(
     }
     write_whole(path / "model.json", json.dumps(facts_json, indent=2, allow_nan=False).encode() + b"\n")
     return open_model(path)
+
+
+@contextmanager
+def unwritable_told(folder: Path) -> Iterator[None]:
+    """Turn what the system says where it lets nobody write into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise DinosearchError(
+            f"{folder} cannot be written ({first_line(error)}). Make room there and make it writable, or set "
+            "DINOSEARCH_MODELS to another folder"
+        ) from error
 
 
 def open_model(path: Path) -> ModelFolder:

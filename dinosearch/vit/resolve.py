@@ -26,6 +26,7 @@ from dinosearch.vit.folder import (
     path_for,
     quiet,
     save_model,
+    unwritable_told,
 )
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -51,9 +52,8 @@ def resolve_model(spec: str | None, *, models: Path, note: Note = quiet, image_s
         return _timm_model(spec, models=models, image_size=image_size, note=note)
     path = Path(spec)
     if _is_own(path):
-        return _with_size(
-            open_model(path.parent), image_size, models=models, note=note
-        )  # already what an import would make
+        own = open_model(path.parent)  # already what an import would make
+        return _with_size(own, image_size, models=models, note=note)
     if path.is_file():
         return _released_model(path, models=models, image_size=image_size, note=note)
     for folder in (models / spec, path):
@@ -247,13 +247,8 @@ def _import(
 ) -> ModelFolder:
     folder = models / free_name(name, models)
     trained = {"method": "imported", "source": source, "default_size": by_default}
-    try:
+    with unwritable_told(folder):
         model = save_model(folder, vit, facts, trained=trained)
-    except OSError as error:
-        raise DinosearchError(
-            f"{folder} cannot be written ({first_line(error)}). Make room there and make it writable, or set "
-            "DINOSEARCH_MODELS to another folder"
-        ) from error
     note(f"imported as {model.path} ({facts.arch}, {facts.image_size} px, {model.dim} dimensions)")
     return model
 
